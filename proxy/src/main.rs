@@ -1,0 +1,3 @@
+//! The PD proxy.
+
+fn main() {}

@@ -1,0 +1,5 @@
+//! The operator's command line.
+
+fn main() {
+    println!("ucm {}", env!("CARGO_PKG_VERSION"));
+}

@@ -1,0 +1,3 @@
+//! Chores: `cargo xtask <chore>`.
+
+fn main() {}
