@@ -1,2 +1,13 @@
 //! UCM: a KV-cache storage engine. Servers save the KV blocks of a prompt to storage that every
 //! node reaches, and load them back instead of recomputing them.
+//!
+//! The C ABI (`capi`, `include/ucm.h`) is the product; this crate is what stands behind it. Words and
+//! rooms are explained in `docs/architecture.md`.
+
+pub mod block;
+pub mod cache;
+pub mod device;
+pub mod error;
+pub mod io;
+pub mod mem;
+pub mod posix;

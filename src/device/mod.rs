@@ -1,0 +1,109 @@
+//! Devices: who moves bytes between a caller's memory and the arena.
+//!
+//! A device knows addresses, streams and events; it knows nothing of files, blocks or tasks. Copy
+//! workers (`crate::copy`) each own one [`CopyStream`] and feed it gathers (save: caller memory to a
+//! slot) and scatters (load: slot to caller memory).
+
+pub mod host;
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use crate::block::SliceShape;
+use crate::error::Result;
+
+/// Which way a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Caller memory to staging: a save.
+    Gather,
+    /// Staging to caller memory: a load.
+    Scatter,
+}
+
+/// The state of a caller's event at the time of the submit call. Cheap to clone; dropped when the last
+/// copy that waits for it has been enqueued.
+pub type CapturedEvent = Arc<dyn Any + Send + Sync>;
+
+/// A point in a copy stream that a caller's stream can be made to wait for.
+pub type Marker = Arc<dyn Any + Send + Sync>;
+
+/// One shard to copy. The addresses and the staging memory stay valid until the job's completion has
+/// been polled: whoever builds a job vouches for it (see [`CopyStream::enqueue`]).
+pub struct CopyJob<'a> {
+    /// Given back by [`CopyStream::poll`].
+    pub ticket: u64,
+    /// Gather or scatter.
+    pub direction: Direction,
+    /// First byte of the shard in staging memory.
+    pub staging: *mut u8,
+    /// Base address of each slice in caller memory.
+    pub addresses: &'a [*mut c_void],
+    /// Shape of each slice; their bytes lie end to end in staging.
+    pub slices: &'a [SliceShape],
+    /// What the device must have finished before the copy begins.
+    pub wait: Option<&'a CapturedEvent>,
+}
+
+/// What is known of a job once it has been enqueued.
+pub struct Finished {
+    /// The job's ticket.
+    pub ticket: u64,
+    /// How it ended. On an error the bytes are undefined, and the device no longer touches them.
+    pub result: Result<()>,
+}
+
+/// Wakes the copy worker that owns a stream; called from any thread, also from a driver's callback.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// A kind of memory that callers hand addresses of.
+pub trait Device: Send + Sync {
+    /// `host`, `cuda`, `ascend`.
+    fn name(&self) -> &'static str;
+
+    /// Captures what `event` stands for now, without blocking: it may be recorded again or destroyed
+    /// when this returns.
+    ///
+    /// # Safety
+    /// `event` is a live event of this device's runtime.
+    unsafe fn capture_event(&self, event: *mut c_void) -> Result<CapturedEvent>;
+
+    /// Pins arena memory for the device. Refusal is not fatal: copies are slower and the reason is told once.
+    ///
+    /// # Safety
+    /// `base..base + length` is mapped until `unpin` returns.
+    unsafe fn pin(&self, base: *mut u8, length: usize) -> Result<()>;
+
+    /// Undoes `pin`, after all copies of that memory have ended.
+    fn unpin(&self, base: *mut u8);
+
+    /// Opens one more copy stream, driven by one thread. `wake` is called when a poll would find news.
+    fn open_stream(&self, wake: Wake) -> Result<Box<dyn CopyStream>>;
+
+    /// Makes the caller's stream wait, on the device, for the markers of copies already enqueued.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of this device's runtime, or null for the default stream.
+    unsafe fn stream_wait(&self, stream: *mut c_void, markers: &[Marker]) -> Result<()>;
+
+    /// Whether caller memory is plain host memory that the drive can be pointed at.
+    fn is_host(&self) -> bool {
+        false
+    }
+}
+
+/// An ordered queue of copies on the device, owned by one thread.
+pub trait CopyStream: Send {
+    /// Enqueues jobs, in order. The result for each job is reported by `poll`, also when enqueueing it
+    /// fails. Returns a marker that stands for all of them, where the device has such a thing; null
+    /// means that `poll` reports the jobs before anything could wait for them (host memory).
+    ///
+    /// # Safety
+    /// For every job, the staging memory (the sum of the slices' bytes) and each slice's span from its
+    /// address are valid for the copy, and stay so until `poll` has reported the ticket.
+    unsafe fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker>;
+
+    /// Moves finished jobs into `finished`, without blocking.
+    fn poll(&mut self, finished: &mut Vec<Finished>);
+}
