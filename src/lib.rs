@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod cache;
+pub mod config;
 pub mod device;
 pub mod error;
 pub mod io;
