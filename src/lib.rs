@@ -10,5 +10,6 @@ pub mod config;
 pub mod device;
 pub mod error;
 pub mod io;
+pub mod log;
 pub mod mem;
 pub mod posix;
