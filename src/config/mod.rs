@@ -1,13 +1,26 @@
-//! What a store is told at open: `Options`, the keys as they were written, and [`Config`], the same
+//! What a store is told at open: [`Options`], the keys as they were written, and [`Config`], the same
 //! checked and typed. Knows every key of `docs/configuration.md`; opens no file but the YAML it is given,
 //! touches no device, prints nothing: warnings are a list in [`Config`].
 
 #![forbid(unsafe_code)]
 
+mod build;
+mod geometry;
+mod keys;
+mod options;
+mod value;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::block::{Geometry, Namespace};
+
+pub use keys::{KEYS, Key, Kind, Scope, UPSTREAM_KEYS, UPSTREAM_PREFIXES};
+pub use options::Options;
 
 /// The last tier of a pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
