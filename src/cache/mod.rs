@@ -1,2 +1,12 @@
 //! The DRAM tier: which slot holds which part, what is evicted next, and the table that lets lookup-only
 //! stores of the host see DRAM hits.
+
+mod ghost;
+pub mod policy;
+pub mod slots;
+
+#[cfg(test)]
+mod policy_tests;
+
+pub use policy::S3Fifo;
+pub use slots::Slots;
