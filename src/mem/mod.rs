@@ -1,1 +1,10 @@
 //! Memory: the arena, its NUMA placement, and its limits. Knows no blocks: slots are the cache's.
+
+pub mod arena;
+pub mod limits;
+pub mod numa;
+
+#[cfg(test)]
+mod arena_tests;
+
+pub use arena::{Arena, ArenaRequest, PageKind};
