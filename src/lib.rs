@@ -9,6 +9,7 @@ pub mod cache;
 pub mod config;
 pub mod device;
 pub mod error;
+pub mod hash;
 pub mod io;
 pub mod log;
 pub mod mem;
