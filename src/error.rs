@@ -98,6 +98,15 @@ impl Error {
         }
     }
 
+    /// A panic on an engine thread, as the failure of everything that thread was to do.
+    pub fn panicked(thread: &str, panic: &(dyn std::any::Any + Send)) -> Self {
+        let said = panic.downcast_ref::<&str>().copied();
+        let said = said.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let said = said.unwrap_or("no message");
+        let text = format!("{thread} panicked: {said}; this is a defect in UCM; reopen the store");
+        Self::new(ErrorKind::Internal, text)
+    }
+
     /// The same failure with the file it concerns.
     #[must_use]
     pub fn at(self, path: &Path) -> Self {

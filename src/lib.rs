@@ -6,11 +6,15 @@
 
 pub mod block;
 pub mod cache;
+pub mod clock;
+pub mod completion;
 pub mod config;
 pub mod device;
 pub mod error;
 pub mod hash;
 pub mod io;
+mod layout;
 pub mod log;
 pub mod mem;
 pub mod posix;
+pub mod task;

@@ -1,0 +1,500 @@
+//! A task: one submitted batch, its stages, and who waits for them.
+//!
+//! A batch is cut into *units*: one unit is the piece of one entry that lies in one part, so an entry has
+//! one unit, or several where its shard covers several parts. A task counts units; it knows neither
+//! slots nor files. Every unit is claimed (`begin`) before anything touches its memory and given back
+//! (`end`) afterwards; a unit that is settled by a deadline or a cancel can no longer be claimed. That
+//! is all that stage RELEASED rests on.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::block::PartKey;
+use crate::completion::{Completion, CompletionQueue};
+use crate::device::{CapturedEvent, Marker};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::{Layout, Origin, Piece};
+
+/// What a task does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Device memory to storage.
+    Save,
+    /// Storage to device memory.
+    Load,
+}
+
+/// The points in a task's life that can be waited for. The numbers are the C ABI's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Save: the device memory is the caller's again, and loads of this process find the block.
+    Copied = 1,
+    /// Save: any process can load the block.
+    Persisted = 2,
+    /// Load: the data is in place and visible to the device.
+    Loaded = 3,
+    /// Engine, kernel and device never touch the batch's memory again.
+    Released = 4,
+}
+
+/// Answer of a poll or a wait.
+#[derive(Clone, Debug)]
+pub enum Progress {
+    /// Not yet.
+    Pending,
+    /// Every entry reached the stage.
+    Done,
+    /// Every entry reached the stage or failed; this is the first error.
+    Failed(Error),
+}
+
+/// Which stages are reported through the completion queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notify {
+    /// After the last stage.
+    pub last: bool,
+    /// After COPIED too.
+    pub copied: bool,
+}
+
+/// An address in caller memory. A plain number: who may touch it and when is what `begin` and `end` say.
+#[derive(Clone, Copy, Debug)]
+pub struct Address(pub usize);
+
+/// What a unit transfers.
+#[derive(Clone, Copy, Debug)]
+pub struct UnitSpec {
+    /// The part.
+    pub key: PartKey,
+    /// Index of the unit's first shard inside its part.
+    pub shard: u32,
+}
+
+/// What submit knows of a batch.
+pub(crate) struct Plan {
+    pub kind: Kind,
+    pub units: Vec<UnitSpec>,
+    pub layout: Arc<Layout>,
+    pub addresses: Vec<Address>,
+    pub event: Option<CapturedEvent>,
+    pub deadline: Option<Instant>,
+    pub notify: Notify,
+    pub user_data: u64,
+    pub tag: u64,
+}
+
+#[derive(Clone, Debug)]
+enum Phase {
+    Waiting,
+    Copied,
+    Settled(Result<()>),
+}
+
+struct State {
+    phases: Vec<Phase>,
+    /// Units that have not been copied and have not failed.
+    uncopied: usize,
+    /// Units that have no final result.
+    unsettled: usize,
+    /// Units whose scatter is neither enqueued nor settled: what `stream_wait` waits for.
+    unqueued: usize,
+    queued: Vec<bool>,
+    /// Claims on caller memory.
+    held: usize,
+    copy_error: Option<Error>,
+    error: Option<Error>,
+    markers: Vec<Marker>,
+    waiters: usize,
+    told_copied: bool,
+    told_last: bool,
+    retired: bool,
+}
+
+/// One submitted batch.
+pub struct Task {
+    number: u64,
+    plan: Plan,
+    state: Mutex<State>,
+    changed: Condvar,
+    completions: Arc<CompletionQueue>,
+    store_closed: Arc<AtomicBool>,
+    freed: AtomicBool,
+    started: Instant,
+    retire: Box<dyn Fn(u64) + Send + Sync>,
+}
+
+impl Task {
+    /// A task none of whose units has begun. `retire` is called once, when nothing of it is left to do.
+    pub(crate) fn new(
+        number: u64,
+        plan: Plan,
+        completions: Arc<CompletionQueue>,
+        store_closed: Arc<AtomicBool>,
+        retire: Box<dyn Fn(u64) + Send + Sync>,
+    ) -> Arc<Self> {
+        let count = plan.units.len();
+        Arc::new(Self {
+            number,
+            plan,
+            state: Mutex::new(State {
+                phases: vec![Phase::Waiting; count],
+                uncopied: count,
+                unsettled: count,
+                unqueued: count,
+                queued: vec![false; count],
+                held: 0,
+                copy_error: None,
+                error: None,
+                markers: Vec::new(),
+                waiters: 0,
+                told_copied: false,
+                told_last: false,
+                retired: false,
+            }),
+            changed: Condvar::new(),
+            completions,
+            store_closed,
+            freed: AtomicBool::new(false),
+            started: Instant::now(),
+            retire,
+        })
+    }
+
+    /// Its number, unique in its store.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Save or load.
+    pub fn kind(&self) -> Kind {
+        self.plan.kind
+    }
+
+    /// What the caller gave with the batch.
+    pub fn user_data(&self) -> u64 {
+        self.plan.user_data
+    }
+
+    /// When the task gives up.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.plan.deadline
+    }
+
+    /// Entries of the batch.
+    pub fn entry_count(&self) -> usize {
+        self.plan.units.len() / self.plan.layout.pieces().len()
+    }
+
+    pub(crate) fn unit_count(&self) -> usize {
+        self.plan.units.len()
+    }
+
+    pub(crate) fn unit(&self, unit: u32) -> &UnitSpec {
+        &self.plan.units[unit as usize]
+    }
+
+    /// The slices of a unit.
+    pub(crate) fn piece(&self, unit: u32) -> &Piece {
+        let pieces = self.plan.layout.pieces();
+        &pieces[unit as usize % pieces.len()]
+    }
+
+    /// Base address of each slice of a unit.
+    pub(crate) fn addresses(&self, unit: u32) -> impl Iterator<Item = Address> + '_ {
+        let entry = unit as usize / self.plan.layout.pieces().len();
+        let row = entry * self.plan.layout.slices_per_shard();
+        let at = move |origin: &Origin| {
+            Address(self.plan.addresses[row + origin.slice].0 + origin.offset)
+        };
+        self.piece(unit).origins.iter().map(at)
+    }
+
+    /// Offset of a unit's bytes in its part.
+    pub(crate) fn offset(&self, unit: u32) -> usize {
+        self.plan.layout.offset(self.unit(unit))
+    }
+
+    pub(crate) fn event(&self) -> Option<&CapturedEvent> {
+        self.plan.event.as_ref()
+    }
+
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Whether the unit has its final result.
+    pub(crate) fn is_settled(&self, unit: u32) -> bool {
+        matches!(self.state.lock().phases[unit as usize], Phase::Settled(_))
+    }
+
+    /// Claims the unit's memory. False: the unit is settled, do not touch its memory.
+    pub(crate) fn begin(&self, unit: u32) -> bool {
+        let mut state = self.state.lock();
+        if matches!(state.phases[unit as usize], Phase::Settled(_)) {
+            return false;
+        }
+        state.held += 1;
+        true
+    }
+
+    /// Notes that the unit's copy is enqueued on the device, after verification.
+    pub(crate) fn enqueued(&self, unit: u32, marker: &Marker) {
+        let mut state = self.state.lock();
+        if !std::mem::replace(&mut state.queued[unit as usize], true) {
+            state.unqueued -= 1;
+            if !state.markers.last().is_some_and(|last| Arc::ptr_eq(last, marker)) {
+                state.markers.push(marker.clone());
+            }
+        }
+        self.wake(&state);
+    }
+
+    /// Gives a claim back, with the result of the copy: for a save its COPIED, for a load its end.
+    pub(crate) fn end(&self, unit: u32, result: Result<()>) {
+        let mut state = self.state.lock();
+        state.held -= 1;
+        match (self.plan.kind, result) {
+            (Kind::Save, Ok(())) => self.set_copied(&mut state, unit),
+            (_, result) => self.set_settled(&mut state, unit, result),
+        }
+        self.after_change(state);
+    }
+
+    /// The unit needs no copy: its bytes are there already, or another task brings them.
+    pub(crate) fn copied(&self, unit: u32) {
+        let mut state = self.state.lock();
+        self.set_copied(&mut state, unit);
+        self.after_change(state);
+    }
+
+    /// The unit's final result. The first result stands.
+    pub(crate) fn settle(&self, unit: u32, result: Result<()>) {
+        let mut state = self.state.lock();
+        self.set_settled(&mut state, unit, result);
+        self.after_change(state);
+    }
+
+    /// Settles everything that is not settled. What has begun goes on, but its result is not waited for.
+    pub(crate) fn fail(&self, error: &Error) {
+        let mut state = self.state.lock();
+        if state.unsettled == 0 {
+            return;
+        }
+        for unit in 0..self.plan.units.len() as u32 {
+            self.set_settled(&mut state, unit, Err(error.clone()));
+        }
+        self.after_change(state);
+    }
+
+    /// Cancels what has not begun and stops waiting for the rest.
+    pub fn cancel(&self) {
+        self.fail(&Error::new(ErrorKind::Cancelled, "the task was cancelled by its caller"));
+    }
+
+    /// Whether everything is settled and no memory is claimed.
+    pub fn is_released(&self) -> bool {
+        released(&self.state.lock())
+    }
+
+    /// Where the task stands with regard to `stage`, without waiting.
+    pub fn poll(&self, stage: Stage) -> Progress {
+        if let Some(failed) = self.refuse(stage) {
+            return failed;
+        }
+        progress(&self.state.lock(), stage)
+    }
+
+    /// Waits for `stage`, `timeout` at most (`None`: no limit).
+    pub fn wait(&self, stage: Stage, timeout: Option<Duration>) -> Progress {
+        if let Some(failed) = self.refuse(stage) {
+            return failed;
+        }
+        self.wait_until(timeout.and_then(|timeout| Instant::now().checked_add(timeout)), |state| {
+            match progress(state, stage) {
+                Progress::Pending => None,
+                known => Some(known),
+            }
+        })
+        .unwrap_or(Progress::Pending)
+    }
+
+    /// Waits until every unit of a load is verified and its copy enqueued, or one has failed; returns the
+    /// markers that a stream has to wait for.
+    pub(crate) fn wait_enqueued(&self) -> Result<Vec<Marker>> {
+        if let Some(Progress::Failed(error)) = self.refuse(Stage::Loaded) {
+            return Err(error);
+        }
+        self.wait_until(None, |state| match &state.error {
+            Some(error) => Some(Err(error.clone())),
+            None if state.unqueued == 0 => Some(Ok(state.markers.clone())),
+            None => None,
+        })
+        .expect("a wait without a limit ends with an answer")
+    }
+
+    /// The result of every entry, once all have one.
+    pub fn statuses(&self) -> Option<Vec<Result<()>>> {
+        let state = self.state.lock();
+        if state.unsettled > 0 {
+            return None;
+        }
+        let result = |phase: &Phase| match phase {
+            Phase::Settled(result) => result.clone(),
+            _ => Ok(()),
+        };
+        let entries = state.phases.chunks(self.plan.layout.pieces().len());
+        Some(
+            entries
+                .map(|units| units.iter().map(result).find(Result::is_err).unwrap_or(Ok(())))
+                .collect(),
+        )
+    }
+
+    /// The first error, if there is one.
+    pub fn error(&self) -> Option<Error> {
+        self.closed().or_else(|| self.state.lock().error.clone())
+    }
+
+    /// The error that a task of a closed store answers with.
+    pub fn closed(&self) -> Option<Error> {
+        self.store_closed
+            .load(Ordering::Acquire)
+            .then(|| Error::new(ErrorKind::Closed, "the store of this task is closed"))
+    }
+
+    /// The caller no longer wants to hear of the task; its work goes on.
+    pub fn release_handle(&self) {
+        self.freed.store(true, Ordering::Release);
+        self.completions.forget(self.plan.tag);
+    }
+
+    fn refuse(&self, stage: Stage) -> Option<Progress> {
+        if let Some(error) = self.closed() {
+            return Some(Progress::Failed(error));
+        }
+        let fits = match self.plan.kind {
+            Kind::Save => stage != Stage::Loaded,
+            Kind::Load => matches!(stage, Stage::Loaded | Stage::Released),
+        };
+        (!fits).then(|| {
+            let (kind, stages) = match self.plan.kind {
+                Kind::Save => ("save", "COPIED, PERSISTED and RELEASED"),
+                Kind::Load => ("load", "LOADED and RELEASED"),
+            };
+            let text = format!("stage: a {kind} has the stages {stages}, not {stage:?}");
+            Progress::Failed(Error::new(ErrorKind::InvalidArgument, text))
+        })
+    }
+
+    fn wait_until<T>(
+        &self,
+        until: Option<Instant>,
+        ready: impl Fn(&State) -> Option<T>,
+    ) -> Option<T> {
+        let mut state = self.state.lock();
+        state.waiters += 1;
+        let answer = loop {
+            if let Some(answer) = ready(&state) {
+                break Some(answer);
+            }
+            match until {
+                Some(until) if Instant::now() >= until => break None,
+                Some(until) => drop(self.changed.wait_until(&mut state, until)),
+                None => self.changed.wait(&mut state),
+            }
+        };
+        state.waiters -= 1;
+        answer
+    }
+
+    fn wake(&self, state: &State) {
+        if state.waiters > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    fn set_copied(&self, state: &mut State, unit: u32) {
+        let phase = &mut state.phases[unit as usize];
+        if matches!(phase, Phase::Waiting) {
+            *phase = Phase::Copied;
+            state.uncopied -= 1;
+        }
+    }
+
+    fn set_settled(&self, state: &mut State, unit: u32, result: Result<()>) {
+        let phase = &mut state.phases[unit as usize];
+        match phase {
+            Phase::Settled(_) => return,
+            Phase::Waiting => {
+                state.uncopied -= 1;
+                if let Err(error) = &result {
+                    state.copy_error.get_or_insert_with(|| error.clone());
+                }
+            }
+            Phase::Copied => {}
+        }
+        if let Err(error) = &result {
+            state.error.get_or_insert_with(|| error.clone());
+        }
+        *phase = Phase::Settled(result);
+        state.unsettled -= 1;
+        if !std::mem::replace(&mut state.queued[unit as usize], true) {
+            state.unqueued -= 1;
+        }
+    }
+
+    /// Tells waiters, the completion queue and the store, each once, what the change under `state` meant.
+    fn after_change(&self, mut state: parking_lot::MutexGuard<'_, State>) {
+        self.wake(&state);
+        let save = self.plan.kind == Kind::Save;
+        let tell_copied = save
+            && self.plan.notify.copied
+            && state.uncopied == 0
+            && !std::mem::replace(&mut state.told_copied, true);
+        let tell_last = self.plan.notify.last
+            && state.unsettled == 0
+            && !std::mem::replace(&mut state.told_last, true);
+        let retire = released(&state) && !std::mem::replace(&mut state.retired, true);
+        let copied = tell_copied.then(|| state.copy_error.clone().map_or(Ok(()), Err));
+        let last = tell_last.then(|| state.error.clone().map_or(Ok(()), Err));
+        drop(state);
+        if let Some(result) = copied {
+            self.notify(Stage::Copied, result);
+        }
+        if let Some(result) = last {
+            self.notify(if save { Stage::Persisted } else { Stage::Loaded }, result);
+        }
+        if retire {
+            (self.retire)(self.number);
+        }
+    }
+
+    fn notify(&self, stage: Stage, result: Result<()>) {
+        if !self.freed.load(Ordering::Acquire) {
+            let (tag, user_data) = (self.plan.tag, self.plan.user_data);
+            self.completions.push(Completion { tag, user_data, stage, result });
+        }
+    }
+}
+
+fn released(state: &State) -> bool {
+    state.unsettled == 0 && state.held == 0
+}
+
+fn progress(state: &State, stage: Stage) -> Progress {
+    let (left, error) = match stage {
+        Stage::Copied => (state.uncopied, &state.copy_error),
+        Stage::Persisted | Stage::Loaded => (state.unsettled, &state.error),
+        Stage::Released => (usize::from(!released(state)), &None),
+    };
+    match (left, error) {
+        (0, None) => Progress::Done,
+        (0, Some(error)) => Progress::Failed(error.clone()),
+        _ => Progress::Pending,
+    }
+}
