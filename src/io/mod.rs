@@ -5,11 +5,35 @@
 //! thread), and [`backend::Backend`], which owns both for one directory. Which engine carries the
 //! requests (io_uring, psync, sim) is decided by a probe at open and visible in stats.
 
+pub mod backend;
+#[cfg(test)]
+mod conformance;
+pub mod engine;
+pub mod files;
+mod flights;
+pub mod pool;
+pub mod probe;
+pub mod psync;
+pub mod reactor;
+pub mod report;
+mod schedule;
+pub mod thread;
+pub mod uring;
+mod uring_tables;
+
 use std::ffi::OsString;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use parking_lot::Mutex;
+
+pub use self::backend::{Backend, BackendConfig};
+pub use self::files::OsFiles;
+pub use self::reactor::Drained;
+pub use self::report::{Fallback, Report};
+pub use crate::config::{DirectIo, IoEngine};
 use crate::error::Result;
 
 /// Memory that a read or a write moves bytes of. Never a Rust reference: the kernel may write it at any time.
@@ -49,6 +73,18 @@ pub enum Class {
     Background,
 }
 
+impl Class {
+    /// How many there are.
+    pub const COUNT: usize = 3;
+    /// All, the most urgent first.
+    pub const ALL: [Self; Self::COUNT] = [Self::Load, Self::Save, Self::Background];
+
+    /// Position in [`Class::ALL`].
+    pub fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// Called once, on a reactor's thread, when a request has ended: it must not block. Dropped uncalled only
 /// when a reactor that cannot be drained is leaked together with it.
 pub type Done = Box<dyn FnOnce(Result<()>) + Send>;
@@ -78,23 +114,70 @@ pub struct File(Arc<FileInner>);
 
 struct FileInner {
     raw: i32,
+    id: FileId,
+    path: PathBuf,
     files: Arc<dyn Files>,
+    watchers: Mutex<Vec<Weak<dyn CloseWatcher>>>,
+}
+
+/// Names one open of a file for ever: unlike a descriptor it is never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(u64);
+
+impl FileId {
+    /// A number that spreads files evenly.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// Whoever keeps a second reference to an open file (a ring's table of registered files) is told when
+/// the file is closed, because an unlinked file keeps its space until the last reference is gone.
+pub trait CloseWatcher: Send + Sync {
+    /// The file will not be used any more. Called on the thread that drops it: must not block.
+    fn closed(&self, file: FileId);
 }
 
 impl File {
-    /// Wraps a raw descriptor that `files` made and will close.
-    pub fn new(raw: i32, files: Arc<dyn Files>) -> Self {
-        Self(Arc::new(FileInner { raw, files }))
+    /// Wraps a raw descriptor that `files` made and will close; `path` is for messages.
+    pub fn new(raw: i32, path: &Path, files: Arc<dyn Files>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = FileId(NEXT.fetch_add(1, Ordering::Relaxed));
+        let watchers = Mutex::new(Vec::new());
+        Self(Arc::new(FileInner { raw, id, path: path.to_path_buf(), files, watchers }))
     }
 
     /// The descriptor (for `sim`: the number of the open file).
     pub fn raw(&self) -> i32 {
         self.0.raw
     }
+
+    /// This open of the file.
+    pub fn id(&self) -> FileId {
+        self.0.id
+    }
+
+    /// The path it was opened by; it may have been renamed since.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// Has `watcher` told when the file is closed.
+    pub fn watch(&self, watcher: Weak<dyn CloseWatcher>) {
+        let mut watchers = self.0.watchers.lock();
+        if !watchers.iter().any(|known| known.ptr_eq(&watcher)) {
+            watchers.push(watcher);
+        }
+    }
 }
 
 impl Drop for FileInner {
     fn drop(&mut self) {
+        for watcher in self.watchers.get_mut().drain(..) {
+            if let Some(watcher) = watcher.upgrade() {
+                watcher.closed(self.id);
+            }
+        }
         self.files.close(self.raw);
     }
 }

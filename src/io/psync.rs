@@ -1,0 +1,229 @@
+//! The engine for places where `io_uring` is refused: threads that call `pread` and `pwrite`.
+//!
+//! Owns its threads and their queue. Threads start when operations wait and nobody is free, up to the
+//! depth or [`THREADS_MAX`], and leave after a while without work. Ends are handed out in batches.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::engine::{Ended, Io, Op, Patience, Token, Wake};
+use super::files::transfer_once;
+use super::{Class, DmaSlice, Operation, thread};
+use crate::error::Result;
+
+/// More threads than this cost more in switching than they gain on any drive that psync is used for.
+pub const THREADS_MAX: usize = 32;
+/// A thread without work leaves after this time.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A pool of threads that transfer.
+pub struct Psync {
+    shared: Arc<Shared>,
+    depth: u32,
+    pushed: Vec<Job>,
+}
+
+struct Job {
+    token: Token,
+    operation: Operation,
+    raw: i32,
+    offset: u64,
+    memory: DmaSlice,
+    class: Class,
+}
+
+struct Shared {
+    threads_max: usize,
+    jobs: Mutex<Jobs>,
+    work: Condvar,
+    ends: Mutex<Ends>,
+    ended: Condvar,
+    system_calls: AtomicU64,
+}
+
+#[derive(Default)]
+struct Jobs {
+    /// One queue a class: loads are taken first, as the ring's I/O priorities would have it.
+    waiting: [VecDeque<Job>; Class::COUNT],
+    threads: usize,
+    idle: usize,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Ends {
+    ready: Vec<Ended>,
+    /// The reactor sleeps until so many are ready.
+    wanted: usize,
+    woken: bool,
+}
+
+impl Psync {
+    /// An engine with at most `depth` operations in flight.
+    pub fn new(depth: u32) -> Self {
+        let shared = Shared {
+            threads_max: (depth as usize).clamp(1, THREADS_MAX),
+            jobs: Mutex::default(),
+            work: Condvar::new(),
+            ends: Mutex::default(),
+            ended: Condvar::new(),
+            system_calls: AtomicU64::new(0),
+        };
+        Self { shared: Arc::new(shared), depth: depth.max(1), pushed: Vec::new() }
+    }
+
+    fn start_pushed(&mut self) {
+        if self.pushed.is_empty() {
+            return;
+        }
+        let mut jobs = self.shared.jobs.lock();
+        for job in self.pushed.drain(..) {
+            jobs.waiting[job.class.index()].push_back(job);
+        }
+        let waiting = jobs.waiting.iter().map(VecDeque::len).sum::<usize>();
+        for _ in 0..waiting.min(jobs.idle) {
+            self.shared.work.notify_one();
+        }
+        let room = self.shared.threads_max - jobs.threads;
+        for _ in 0..waiting.saturating_sub(jobs.idle).min(room) {
+            let shared = Arc::clone(&self.shared);
+            match thread::spawn("ucm-psync", move || shared.work()) {
+                Ok(_) => jobs.threads += 1,
+                Err(_) if jobs.threads > 0 => break, // Those that run will come to it.
+                Err(_) => {
+                    // The process is out of threads: the reactor tries again later.
+                    let mut ends = self.shared.ends.lock();
+                    while let Some(job) = jobs.next() {
+                        ends.ready.push(Ended { token: job.token, result: -libc::EAGAIN });
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Io for Psync {
+    fn name(&self) -> &'static str {
+        "psync"
+    }
+
+    fn features(&self) -> Vec<String> {
+        vec![format!("up to {} threads", self.shared.threads_max)]
+    }
+
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::clone(&self.shared) as Arc<dyn Wake>
+    }
+
+    fn push(&mut self, op: &Op<'_>) {
+        self.pushed.push(Job {
+            token: op.token,
+            operation: op.operation,
+            raw: op.file.raw(),
+            offset: op.offset,
+            memory: op.memory,
+            class: op.class,
+        });
+    }
+
+    fn wait(&mut self, patience: Patience, ended: &mut Vec<Ended>) -> Result<()> {
+        self.start_pushed();
+        let mut ends = self.shared.ends.lock();
+        let gathered = Instant::now() + patience.gather;
+        while !ends.woken && patience.at_least > 0 {
+            let now = Instant::now();
+            let until = if now < gathered { Some(gathered) } else { patience.until };
+            ends.wanted = if now < gathered { patience.at_least } else { 1 };
+            if ends.ready.len() >= ends.wanted {
+                break;
+            }
+            if patience.until.is_some_and(|until| until <= now) {
+                break;
+            }
+            let until = match (until, patience.until) {
+                (Some(left), Some(right)) => Some(left.min(right)),
+                (left, right) => left.or(right),
+            };
+            match until {
+                Some(until) => drop(self.shared.ended.wait_until(&mut ends, until)),
+                None => self.shared.ended.wait(&mut ends),
+            }
+        }
+        ends.woken = false;
+        ends.wanted = 0;
+        ended.append(&mut ends.ready);
+        Ok(())
+    }
+
+    fn system_calls(&self) -> u64 {
+        self.shared.system_calls.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Psync {
+    fn drop(&mut self) {
+        // Threads in a transfer end it first; the reactor that owns the memory has drained, or leaks it.
+        self.shared.jobs.lock().closed = true;
+        self.shared.work.notify_all();
+    }
+}
+
+impl Wake for Shared {
+    fn wake(&self) {
+        self.ends.lock().woken = true;
+        self.ended.notify_one();
+    }
+}
+
+impl Jobs {
+    fn next(&mut self) -> Option<Job> {
+        self.waiting.iter_mut().find_map(VecDeque::pop_front)
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        let mut jobs = self.jobs.lock();
+        loop {
+            if let Some(job) = jobs.next() {
+                drop(jobs);
+                self.transfer(&job);
+                jobs = self.jobs.lock();
+                continue;
+            }
+            if jobs.closed {
+                break;
+            }
+            jobs.idle += 1;
+            let timed_out = self.work.wait_for(&mut jobs, IDLE).timed_out();
+            jobs.idle -= 1;
+            if timed_out && jobs.waiting.iter().all(VecDeque::is_empty) {
+                break;
+            }
+        }
+        jobs.threads -= 1;
+    }
+
+    fn transfer(&self, job: &Job) {
+        // SAFETY: the contract of `Io::push`: file and memory stay valid until the end is handed out,
+        // which is after this call.
+        let result = unsafe { transfer_once(job.operation, job.raw, job.offset, job.memory) };
+        self.system_calls.fetch_add(1, Ordering::Relaxed);
+        let mut ends = self.ends.lock();
+        // Below 2^31: a single call moves at most 0x7fff_f000 bytes.
+        ends.ready.push(Ended { token: job.token, result: result as i32 });
+        let wake = ends.wanted > 0 && ends.ready.len() >= ends.wanted;
+        drop(ends);
+        if wake {
+            self.ended.notify_one();
+        }
+    }
+}

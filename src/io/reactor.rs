@@ -1,0 +1,468 @@
+//! A reactor: one thread that owns one engine and keeps it full.
+//!
+//! Owns the queues between submitters and that thread. Submitters push into bounded lock-free queues and
+//! wake the thread only if it is parked; with nothing to do the thread sleeps in the engine's own wait,
+//! without timer ticks. What happens to a request on its way through the thread is `schedule`'s.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::{ArrayQueue, SegQueue};
+use parking_lot::{Condvar, Mutex};
+
+use super::engine::{Ended, Io, Patience, Registration, Wake};
+use super::report::Counters;
+use super::schedule::{Limits, Schedule};
+use super::{Class, CloseWatcher, DmaSlice, FileId, Request, thread};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Ends to collect in one wait, at most, while many operations are in flight: each wait is a system call.
+const GATHER_ENDS_MAX: usize = 8;
+/// One end in so many of the operations in flight is collected: the drive keeps seven eighths of its queue.
+const GATHER_SHARE: usize = 8;
+/// No end waits longer than this for company. Small beside the milliseconds that a queue of 16 or more
+/// transfers takes.
+const GATHER_TIME: Duration = Duration::from_micros(500);
+/// With the engine full, submitters need not wake the reactor, for this long; then it parks properly, so
+/// that deadlines of what arrives are kept even if the engine is stuck.
+const FULL_NAP: Duration = Duration::from_millis(10);
+/// Registration of memory may take 35 ms a GiB; a reactor stuck in the kernel never answers.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+/// A broken reactor waits that long for operations in flight before it leaks them.
+const BROKEN_DRAIN: Duration = Duration::from_secs(30);
+
+/// Whether everything that was in flight has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Nothing touches memory or files any more.
+    Yes,
+    /// Some operation has not ended. Its memory and files stay allocated for as long as it takes, for ever
+    /// if need be.
+    Leaked,
+}
+
+const RUNNING: u8 = 0;
+const STOPPING: u8 = 1;
+const STOPPED: u8 = 2;
+const BROKEN: u8 = 3;
+
+/// A handle to a reactor; dropping it does not stop the thread, [`Reactor::stop`] does.
+pub struct Reactor {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    queues: [Queue; Class::COUNT],
+    commands: SegQueue<Command>,
+    closed_files: SegQueue<FileId>,
+    state: AtomicU8,
+    why_broken: Mutex<Option<Error>>,
+    /// The thread sleeps, or is about to, and wants to be woken.
+    parked: AtomicBool,
+    waker: Arc<dyn Wake>,
+    /// The thread has left, and nothing is in flight.
+    left: Mutex<bool>,
+    leaving: Condvar,
+    wakes: AtomicU64,
+    refused: AtomicU64,
+    counters: Mutex<Counters>,
+    registered_bytes: AtomicU64,
+}
+
+struct Queue {
+    requests: ArrayQueue<Request>,
+    /// Requests that have not begun: those in `requests` and those the thread has taken in.
+    waiting: Arc<AtomicUsize>,
+}
+
+enum Command {
+    Register(DmaSlice, mpsc::SyncSender<Registration>),
+    Unregister(usize, usize, mpsc::SyncSender<Result<()>>),
+}
+
+/// What a reactor is told at its start.
+#[derive(Clone, Debug)]
+pub struct ReactorConfig {
+    /// Name of the thread.
+    pub name: String,
+    /// CPU to pin it to.
+    pub cpu: Option<usize>,
+    /// Largest single operation.
+    pub io_bytes: usize,
+    /// Requests that may wait in each class.
+    pub queue_depth: usize,
+}
+
+impl Reactor {
+    /// Starts the thread; an engine that cannot start, or a thread that cannot, is an error.
+    pub fn start(io: Box<dyn Io>, config: &ReactorConfig) -> Result<Self> {
+        let queue = || Queue {
+            requests: ArrayQueue::new(config.queue_depth.max(1)),
+            waiting: Arc::default(),
+        };
+        let shared = Arc::new(Shared {
+            queues: [queue(), queue(), queue()],
+            commands: SegQueue::new(),
+            closed_files: SegQueue::new(),
+            state: AtomicU8::new(RUNNING),
+            why_broken: Mutex::new(None),
+            parked: AtomicBool::new(false),
+            waker: io.waker(),
+            left: Mutex::new(false),
+            leaving: Condvar::new(),
+            wakes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            counters: Mutex::default(),
+            registered_bytes: AtomicU64::new(0),
+        });
+        let waiting = shared.queues.each_ref().map(|queue| Arc::clone(&queue.waiting));
+        let limits = Limits { depth: io.depth(), io_bytes: config.io_bytes };
+        let mut owned = Owned {
+            schedule: Schedule::new(limits, waiting),
+            shared: Arc::clone(&shared),
+            ended: Vec::with_capacity(limits.depth as usize),
+            io,
+        };
+        let (report, started) = mpsc::sync_channel(1);
+        let cpu = config.cpu;
+        thread::spawn(&config.name, move || {
+            thread::mark_reactor();
+            let start = cpu.map_or(Ok(()), thread::pin).and_then(|()| owned.io.start());
+            let good = start.is_ok();
+            let _ = report.send(start);
+            if good {
+                owned.live();
+            }
+        })?;
+        match started.recv() {
+            Ok(start) => start.map(|()| Self { shared }),
+            Err(_) => Err(Error::new(ErrorKind::Internal, "an I/O thread died at its start")),
+        }
+    }
+
+    /// Queues requests in order; those that find no room end with `Busy` on this thread. Never blocks.
+    pub fn submit(&self, requests: impl IntoIterator<Item = Request>) {
+        let shared = &*self.shared;
+        for request in requests {
+            shared.enqueue(request);
+        }
+        shared.wake_if_parked();
+        // The thread may have left between the check in `enqueue` and the push: then it is on us.
+        if !shared.accepts() {
+            shared.fail_queued();
+        }
+    }
+
+    /// Registers memory for fixed-buffer operations. Waits for the reactor.
+    pub fn register_memory(&self, memory: DmaSlice) -> Result<Registration> {
+        self.command(|reply| Command::Register(memory, reply))
+    }
+
+    /// Undoes [`Reactor::register_memory`]; `Busy` while a request uses the memory.
+    pub fn unregister_memory(&self, base: *mut u8, length: usize) -> Result<()> {
+        self.command(|reply| Command::Unregister(base as usize, length, reply))?
+    }
+
+    fn command<T>(&self, command: impl FnOnce(mpsc::SyncSender<T>) -> Command) -> Result<T> {
+        let shared = &*self.shared;
+        let (reply, answer) = mpsc::sync_channel(1);
+        shared.commands.push(command(reply));
+        shared.wake_if_parked();
+        if !shared.accepts() {
+            while shared.commands.pop().is_some() {}
+        }
+        answer.recv_timeout(COMMAND_TIMEOUT).map_err(|error| match error {
+            mpsc::RecvTimeoutError::Disconnected => shared.refusal(),
+            mpsc::RecvTimeoutError::Timeout => Error::new(
+                ErrorKind::Timeout,
+                "an I/O thread has not answered for 60 s; it is stuck in the kernel: check the mount",
+            ),
+        })
+    }
+
+    /// Asks the thread to leave: what has not begun ends with `Closed`, what has begun runs to its end.
+    pub fn ask_to_stop(&self) {
+        let shared = &*self.shared;
+        let _ =
+            shared.state.compare_exchange(RUNNING, STOPPING, Ordering::SeqCst, Ordering::SeqCst);
+        shared.waker.wake();
+    }
+
+    /// As [`Reactor::ask_to_stop`], and waits until `deadline` for the thread to have left.
+    pub fn stop(&self, deadline: Instant) -> Drained {
+        self.ask_to_stop();
+        let mut left = self.shared.left.lock();
+        while !*left {
+            if self.shared.leaving.wait_until(&mut left, deadline).timed_out() {
+                return if *left { Drained::Yes } else { Drained::Leaked };
+            }
+        }
+        Drained::Yes
+    }
+
+    /// Why the reactor takes no more requests, if it broke.
+    pub fn broken(&self) -> Option<Error> {
+        self.shared.why_broken.lock().clone()
+    }
+
+    /// What it did so far.
+    pub fn counters(&self) -> Counters {
+        let shared = &*self.shared;
+        let mut counters = *shared.counters.lock();
+        counters.wakes = shared.wakes.load(Ordering::Relaxed);
+        counters.refused = shared.refused.load(Ordering::Relaxed);
+        counters.queued =
+            shared.queues.iter().map(|queue| queue.waiting.load(Ordering::Relaxed) as u64).sum();
+        counters
+    }
+
+    /// Bytes of memory registered with its engine.
+    pub fn registered_bytes(&self) -> u64 {
+        self.shared.registered_bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Shared {
+    fn accepts(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == RUNNING
+    }
+
+    /// The error for requests that come too late.
+    fn refusal(&self) -> Error {
+        match &*self.why_broken.lock() {
+            Some(error) => error.clone(),
+            None => Error::new(ErrorKind::Closed, "the storage backend is closed"),
+        }
+    }
+
+    fn enqueue(&self, request: Request) {
+        let queue = &self.queues[request.class.index()];
+        let limit = queue.requests.capacity();
+        if queue.waiting.fetch_add(1, Ordering::Relaxed) >= limit {
+            queue.waiting.fetch_sub(1, Ordering::Relaxed);
+            return self.refuse(request, limit);
+        }
+        // Those waiting are at most `limit`, so the queue of that size has room.
+        if let Err(request) = queue.requests.push(request) {
+            queue.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.refuse(request, limit);
+        }
+    }
+
+    fn refuse(&self, request: Request, limit: usize) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        let text = format!(
+            "{limit} requests wait for the storage already; it is slower than what is asked of it, \
+             or waiting_queue_depth is too low"
+        );
+        (request.done)(Err(Error::new(ErrorKind::Busy, text)));
+    }
+
+    fn wake_if_parked(&self) {
+        // Pairs with the fence in `Owned::park`: either this sees the flag, or the thread sees the push.
+        fence(Ordering::SeqCst);
+        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed) {
+            self.wakes.fetch_add(1, Ordering::Relaxed);
+            self.waker.wake();
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        !self.queues.iter().all(|queue| queue.requests.is_empty())
+            || !self.commands.is_empty()
+            || !self.closed_files.is_empty()
+            || !self.accepts()
+    }
+
+    /// Ends all that is queued, on whichever thread found that the reactor has left.
+    fn fail_queued(&self) {
+        for queue in &self.queues {
+            while let Some(request) = queue.requests.pop() {
+                queue.waiting.fetch_sub(1, Ordering::Relaxed);
+                let refusal = self.refusal();
+                let done = request.done;
+                let _ = catch_unwind(AssertUnwindSafe(|| done(Err(refusal))));
+            }
+        }
+        while self.commands.pop().is_some() {}
+    }
+}
+
+impl CloseWatcher for Shared {
+    fn closed(&self, file: FileId) {
+        self.closed_files.push(file);
+        self.wake_if_parked();
+    }
+}
+
+/// What the thread owns.
+struct Owned {
+    io: Box<dyn Io>,
+    schedule: Schedule,
+    shared: Arc<Shared>,
+    ended: Vec<Ended>,
+}
+
+/// Why the loop ended.
+enum End {
+    Stopped,
+    Broken(Error),
+}
+
+impl Owned {
+    fn live(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let watcher: Arc<dyn CloseWatcher> = shared.clone();
+        self.io.set_close_watcher(Arc::downgrade(&watcher));
+        drop(watcher);
+        let end = catch_unwind(AssertUnwindSafe(|| self.run())).unwrap_or_else(|_| {
+            End::Broken(Error::new(
+                ErrorKind::Internal,
+                "an I/O thread panicked; this is a defect in UCM. Close the store and open it again",
+            ))
+        });
+        match end {
+            End::Stopped => shared.state.store(STOPPED, Ordering::SeqCst),
+            End::Broken(error) => {
+                *shared.why_broken.lock() = Some(error.clone());
+                shared.state.store(BROKEN, Ordering::SeqCst);
+                if !self.fail_all(&error) {
+                    // Some operation never ended: its memory, file and callback stay as they are.
+                    std::mem::forget(self);
+                    return;
+                }
+            }
+        }
+        shared.fail_queued();
+        drop(self); // The engine first, then tell: nothing touches memory any more.
+        *shared.left.lock() = true;
+        shared.leaving.notify_all();
+    }
+
+    fn run(&mut self) -> End {
+        loop {
+            let stopping = self.shared.state.load(Ordering::SeqCst) != RUNNING;
+            self.take_in();
+            if stopping {
+                self.schedule.refuse_waiting(&self.shared.refusal());
+            }
+            self.schedule.expire();
+            if let Err(error) = self.schedule.call_ended() {
+                return End::Broken(error);
+            }
+            if stopping && self.schedule.is_empty() {
+                self.publish();
+                return End::Stopped;
+            }
+            self.schedule.fill(&mut *self.io);
+            if let Err(error) = self.park() {
+                return End::Broken(error);
+            }
+            self.schedule.settle(&mut self.ended);
+            if let Err(error) = self.schedule.call_ended() {
+                return End::Broken(error);
+            }
+            self.publish();
+        }
+    }
+
+    /// Takes commands and requests from the queues of the submitters.
+    fn take_in(&mut self) {
+        while let Some(file) = self.shared.closed_files.pop() {
+            self.io.forget_file(file);
+        }
+        for class in Class::ALL {
+            while let Some(request) = self.shared.queues[class.index()].requests.pop() {
+                self.schedule.accept(request);
+            }
+        }
+        while let Some(command) = self.shared.commands.pop() {
+            self.obey(command);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Register(memory, reply) => {
+                let registration = self.io.register_memory(memory);
+                if registration == Registration::Fixed {
+                    let bytes = memory.length as u64;
+                    self.shared.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
+                }
+                let _ = reply.send(registration);
+            }
+            Command::Unregister(base, length, reply) => {
+                if self.schedule.uses(base, length) {
+                    let text = "the memory is used by transfers in flight; wait for RELEASED first";
+                    let _ = reply.send(Err(Error::new(ErrorKind::Busy, text)));
+                    return;
+                }
+                if self.io.unregister_memory(base as *mut u8) {
+                    self.shared.registered_bytes.fetch_sub(length as u64, Ordering::Relaxed);
+                }
+                let _ = reply.send(Ok(()));
+            }
+        }
+    }
+
+    /// Starts what was pushed and sleeps until there is something to do.
+    fn park(&mut self) -> Result<()> {
+        let in_flight = self.schedule.in_flight();
+        let mut patience = Patience {
+            at_least: (in_flight / GATHER_SHARE).clamp(1, GATHER_ENDS_MAX),
+            gather: GATHER_TIME,
+            until: self.schedule.next_event(),
+        };
+        if self.schedule.is_full() {
+            // New requests could not begin: nobody needs to wake us.
+            let nap = Instant::now() + FULL_NAP;
+            let event = patience.until;
+            patience.until = Some(event.map_or(nap, |event| event.min(nap)));
+            self.io.wait(patience, &mut self.ended)?;
+            if !self.ended.is_empty() {
+                return Ok(());
+            }
+            patience.until = event;
+        }
+        self.shared.parked.store(true, Ordering::Relaxed);
+        // Pairs with the fence in `wake_if_parked`.
+        fence(Ordering::SeqCst);
+        if self.shared.has_news() {
+            patience.at_least = 0;
+        }
+        let waited = self.io.wait(patience, &mut self.ended);
+        self.shared.parked.store(false, Ordering::Relaxed);
+        waited
+    }
+
+    /// Ends every request with `error`, once nothing is in flight. False where that never comes.
+    fn fail_all(&mut self, error: &Error) -> bool {
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            self.schedule.refuse_waiting(error);
+            self.schedule.fail_idle(error);
+            self.shared.fail_queued();
+            let _ = self.schedule.call_ended();
+            let until = Instant::now() + BROKEN_DRAIN;
+            while self.schedule.in_flight() > 0 && Instant::now() < until {
+                let patience = Patience { at_least: 1, gather: Duration::ZERO, until: Some(until) };
+                if self.io.wait(patience, &mut self.ended).is_err() {
+                    return false;
+                }
+                self.schedule.settle_failed(&mut self.ended, error);
+                let _ = self.schedule.call_ended();
+            }
+            self.publish();
+            self.schedule.in_flight() == 0
+        }));
+        failed.unwrap_or(false)
+    }
+
+    fn publish(&self) {
+        let mut counters = self.schedule.counters();
+        counters.system_calls = self.io.system_calls();
+        *self.shared.counters.lock() = counters;
+    }
+}
