@@ -1,0 +1,1 @@
+"""Plugs of UCM into inference engines."""

@@ -1,0 +1,1 @@
+"""UCM in vLLM. Importing this package does nothing else."""

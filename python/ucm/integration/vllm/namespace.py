@@ -1,0 +1,122 @@
+"""Which servers share KV: the fields that decide a block's content, and their fingerprint.
+
+Owns the list of fields, their canonical form, and the comparison that names a difference. Knows no
+store; ``platform.py`` finds out what runs here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+FORMAT_VERSION: Final = 1
+"""Major version of the canonical form; servers of different versions do not share."""
+
+VOLATILE_CONFIG_KEYS: Final = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash"}
+)
+"""Keys of config.json that say nothing about what the weights compute."""
+
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
+SAMPLES_PER_FILE: Final = 16
+SAMPLE_BYTES: Final = 4096
+
+
+class NamespaceError(ValueError):
+    """The configuration cannot share or reuse KV safely."""
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """The logical namespace: ``fields`` decide the content of blocks."""
+
+    fields: Mapping[str, str]
+    order: str
+
+    @property
+    def logical(self) -> str:
+        """The fingerprint of the fields, hexadecimal."""
+        text = json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def describe(self) -> dict[str, str]:
+        """All fields, the fingerprint and the order, as labels."""
+        return {"logical": self.logical, "order": self.order, **self.fields}
+
+    def engine_options(self) -> dict[str, Any]:
+        """The options that make the engine's namespace the same."""
+        return {
+            "model_id": self.fields["model"],
+            "dtype": self.fields["kv_dtype"],
+            "block_tokens": int(self.fields["block_size"]),
+            "namespace_extra": self.logical,
+            "order": self.order,
+        }
+
+
+def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """The names of the fields in which two namespaces differ."""
+    keys = sorted((set(mine) | set(theirs)) - {"logical"})
+    return [key for key in keys if mine.get(key, "") != theirs.get(key, "")]
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+
+
+def config_digest(directory: str) -> str | None:
+    """Digest of the model's own config.json, without its volatile keys."""
+    path = os.path.join(directory, "config.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        data = json.load(file)
+    return _digest(canonical_json({k: v for k, v in data.items() if k not in VOLATILE_CONFIG_KEYS}))
+
+
+def weights_digest(directory: str) -> str:
+    """Digest of the weight index, the files' sizes, and samples of their content.
+
+    Two checkpoints of one architecture differ in their samples; the names of the directory and of
+    the host do not matter.
+    """
+    parts: list[bytes] = []
+    names = sorted(n for n in os.listdir(directory) if n.endswith(WEIGHT_SUFFIXES))
+    for name in (n for n in sorted(os.listdir(directory)) if n.endswith(".index.json")):
+        with open(os.path.join(directory, name), "rb") as file:
+            parts.append(file.read())
+    for name in names:
+        path = os.path.join(directory, name)
+        size = os.path.getsize(path)
+        parts += [name.encode(), size.to_bytes(8, "little")]
+        with open(path, "rb") as file:
+            for i in range(SAMPLES_PER_FILE):
+                file.seek((size - SAMPLE_BYTES) * i // (SAMPLES_PER_FILE - 1) if size > SAMPLE_BYTES else 0)
+                parts.append(file.read(SAMPLE_BYTES))
+    return _digest(*parts)
+
+
+def model_fingerprint(directory: str | None, fallback: str, effective: Mapping[str, Any]) -> str:
+    """Stands for the model's content: config, weights, and what the command line changed.
+
+    Where the files cannot be read, the name that was given and the effective config stand in.
+    """
+    changed = canonical_json(effective)
+    if directory is not None and os.path.isdir(directory):
+        config = config_digest(directory)
+        if config is not None:
+            return _digest(config.encode(), weights_digest(directory).encode(), changed)
+    return _digest(b"unread", fallback.encode(), changed)

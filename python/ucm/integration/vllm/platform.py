@@ -1,0 +1,189 @@
+"""What runs here: reads vLLM's configuration into a namespace, the same on both sides and in every
+process of a server.
+
+Owns the look into ``VllmConfig``; the names it finds there differ by vLLM version. Opens no store.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from ucm.integration.vllm.config import ConnectorConfig
+from ucm.integration.vllm.namespace import (
+    FORMAT_VERSION,
+    Namespace,
+    NamespaceError,
+    model_fingerprint,
+)
+from ucm.integration.vllm.order import Platform, order_name
+
+EFFECTIVE_KEYS: Final = ("sliding_window", "max_window_layers", "layer_types", "use_sliding_window")
+"""Keys of the effective HF config that flags can change without changing config.json."""
+
+
+def vllm_version() -> tuple[int, int]:
+    """Major and minor version of the running vLLM."""
+    import vllm
+
+    numbers = (vllm.__version__.split("+")[0].split(".") + ["0", "0"])[:2]
+    return int(numbers[0]), int("".join(c for c in numbers[1] if c.isdigit()) or 0)
+
+
+def dtype_name(dtype: Any) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def kv_dtype_name(vllm_config: Any) -> str:
+    """The element type of the KV memory; ``auto`` is the model's."""
+    cache_dtype = str(vllm_config.cache_config.cache_dtype)
+    return dtype_name(vllm_config.model_config.dtype) if cache_dtype == "auto" else cache_dtype
+
+
+def is_mla(vllm_config: Any) -> bool:
+    """Whether all ranks hold the same compressed KV."""
+    return bool(getattr(vllm_config.model_config, "use_mla", False))
+
+
+def _rope(config: Any) -> Any:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    theta = getattr(config, "rope_theta", None)
+    merged = dict(rope) if isinstance(rope, dict) else {"rope": str(rope)}
+    if theta is not None:
+        merged.setdefault("rope_theta", theta)
+    kind = merged.pop("type", None)  # the older name of rope_type
+    merged.setdefault("rope_type", kind or "default")
+    return merged
+
+
+def _effective(model_config: Any) -> dict[str, Any]:
+    """What of the effective HF config can differ from config.json, normalized over versions."""
+    text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
+    overrides = getattr(model_config, "hf_overrides", None) or {}
+    effective: dict[str, Any] = {"rope": _rope(text)}
+    if callable(overrides):
+        effective["config"] = model_config.hf_config.to_dict()
+    elif overrides:
+        effective["overrides"] = overrides
+    for key in EFFECTIVE_KEYS:
+        value = getattr(text, key, None)
+        if value not in (None, False, 0):
+            effective[key] = value
+    if getattr(model_config, "disable_sliding_window", False):
+        effective["disable_sliding_window"] = True
+    return effective
+
+
+def model_directory(model_config: Any) -> str | None:
+    """The local directory of the model's files, without asking a hub."""
+    model = str(model_config.model)
+    if os.path.isdir(model):
+        return model
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        revision = getattr(model_config, "revision", None)
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except Exception:
+        return None
+    return os.path.dirname(found) if isinstance(found, str) else None
+
+
+def _model_field(vllm_config: Any, config: ConnectorConfig) -> str:
+    model = vllm_config.model_config
+    if config.model_id:
+        return config.model_id
+    name = f"{model.model}@{getattr(model, 'revision', None) or ''}"
+    return model_fingerprint(model_directory(model), name, _effective(model))
+
+
+def _draft_field(vllm_config: Any) -> str:
+    spec = getattr(vllm_config, "speculative_config", None)
+    if spec is None:
+        return ""
+    draft = getattr(spec, "draft_model_config", None)
+    if draft is None or str(getattr(spec, "method", "")) in ("ngram", "suffix"):
+        return ""  # it keeps no KV of its own
+    name = f"{draft.model}@{getattr(draft, 'revision', None) or ''}"
+    digest = model_fingerprint(model_directory(draft), name, _effective(draft))
+    return f"{getattr(spec, 'method', 'draft')}:{digest}"
+
+
+def refuse_unsafe(vllm_config: Any) -> None:
+    """Refuses what would put different bytes under one name."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if getattr(cache, "calculate_kv_scales", False):
+        raise NamespaceError(
+            "--calculate-kv-scales: the scales depend on the first prompt that a server sees, so its "
+            "KV means something else on every server; use scales from the checkpoint"
+        )
+    for name, flag in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        if int(getattr(parallel, name, 1) or 1) > 1:
+            raise NamespaceError(f"{flag}: context parallelism interleaves tokens over ranks; not supported")
+    if int(parallel.pipeline_parallel_size) > 1:
+        raise NamespaceError("--pipeline-parallel-size above 1 is not supported")
+
+
+def cpu_isa(vllm_config: Any, block_tokens: int) -> str:
+    """The instruction set that vLLM's CPU kernels choose, as they choose it."""
+    from vllm.v1.attention.backends import cpu_attn
+
+    model = vllm_config.model_config
+    choose: Any = cpu_attn._get_attn_isa
+    arguments: list[Any] = [model.dtype, block_tokens, model.get_head_size()]
+    if choose.__code__.co_argcount > len(arguments):
+        arguments.append(str(vllm_config.cache_config.cache_dtype))
+    return str(choose(*arguments))
+
+
+def _backend_name(vllm_config: Any, device: str) -> str:
+    if device == "cpu":
+        return "CPU_ATTN"
+    chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    name = getattr(chosen, "name", None) or os.environ.get("VLLM_ATTENTION_BACKEND", "")
+    return str(name).upper()
+
+
+def find_platform(vllm_config: Any, block_tokens: int) -> Platform:
+    """What the byte order depends on, here."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    if device == "cuda" and current_platform.is_rocm():
+        device = "rocm"
+    layout = ""
+    if device == "cuda":
+        from vllm.v1.attention.backends.utils import get_kv_cache_layout
+
+        layout = str(get_kv_cache_layout())
+    return Platform(
+        device=device,
+        backend=_backend_name(vllm_config, device),
+        vllm=vllm_version(),
+        isa=cpu_isa(vllm_config, block_tokens) if device == "cpu" else "",
+        family="mla" if is_mla(vllm_config) else "gqa",
+        kv_dtype=kv_dtype_name(vllm_config),
+        layout=layout,
+    )
+
+
+def find_namespace(vllm_config: Any, config: ConnectorConfig, block_tokens: int) -> Namespace:
+    """The namespace of this server."""
+    refuse_unsafe(vllm_config)
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    fields = {
+        "format": str(FORMAT_VERSION),
+        "model": _model_field(vllm_config, config),
+        "dtype": dtype_name(model.dtype),
+        "kv_dtype": kv_dtype_name(vllm_config),
+        "quantization": str(getattr(model, "quantization", None) or ""),
+        "block_size": str(block_tokens),
+        "tp": "1" if is_mla(vllm_config) else str(parallel.tensor_parallel_size),
+        "draft": _draft_field(vllm_config),
+        "extra": config.namespace_extra,
+    }
+    return Namespace(fields, order_name(find_platform(vllm_config, block_tokens)))

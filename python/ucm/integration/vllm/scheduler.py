@@ -1,0 +1,346 @@
+"""The scheduler side: which blocks a request loads and saves, and when its memory may go.
+
+Owns one ``RequestState`` per live request. Looks up; transfers nothing. All methods are called on
+the scheduler's thread and none waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from ucm.integration.vllm import handoff
+from ucm.integration.vllm.chain import BlockChain
+from ucm.integration.vllm.config import ConnectorConfig, Handoff
+from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
+from ucm.integration.vllm.metadata import StepMetadata, Transfer
+from ucm.integration.vllm.namespace import Namespace
+from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
+
+NULL_BLOCK: Final = 0
+"""vLLM's block that holds nothing."""
+
+LOOKUP_KEEP_S: Final = 1.0
+"""A request that waits for memory is looked up again this often, in case blocks were evicted."""
+
+logger = logging.getLogger("vllm.ucm.scheduler")
+
+
+class RequestState:
+    """What the scheduler side knows of one request."""
+
+    __slots__ = (
+        "cap", "chain", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
+        "saved", "submitted", "table", "told", "wait",
+    )  # fmt: skip
+
+    def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
+        self.request = request
+        self.chain = chain
+        self.wait = wait
+        self.table: list[int] = []
+        """vLLM's block numbers, as far as they were scheduled."""
+        self.saved = 0
+        """Blocks before this one are saved, or were handed to the worker to save."""
+        self.submitted = False
+        """Whether the worker has copies of this residency to make."""
+        self.lookup_key: tuple[int, int] = (-1, -1)
+        self.lookup_at = 0.0
+        self.hits = 0
+        """Blocks that can be loaded, after the ones that vLLM has itself."""
+        self.cap: int | None = None
+        """Blocks from this one on failed to load and are not asked for again."""
+        self.load_first = 0
+        self.load_slots: list[int] | None = None
+        """The blocks of an asynchronous load that is under way."""
+        self.told = False
+
+
+class SchedulerSide:
+    """The scheduler's half of the connector."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        namespace: Namespace,
+        store: Any,
+        block_tokens: int,
+        *,
+        loads: bool,
+        saves: bool,
+        writer: str,
+    ) -> None:
+        self._config = config
+        self._namespace = namespace
+        self._store = store
+        self._block_tokens = block_tokens
+        self._loads = loads
+        self._saves = saves
+        self._writer = writer
+        self._adapters = AdapterDigests()
+        self._requests: dict[str, RequestState] = {}
+        self._step = StepMetadata()
+        self.stats = UcmStats()
+
+    # -- loading ------------------------------------------------------------------------------
+
+    def _state(self, request: Any) -> RequestState:
+        state = self._requests.get(request.request_id)
+        if state is None:
+            extras = RequestExtras(request, self._block_tokens, self._adapters.of)
+            chain = BlockChain(self._store, extras, self._block_tokens)
+            promise = handoff.read(getattr(request, "kv_transfer_params", None)) if self._loads else None
+            wait = handoff.Wait(promise, self._config.handoff_wait_ms) if promise else None
+            state = self._requests[request.request_id] = RequestState(request, chain, wait)
+        return state
+
+    def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens after ``computed_tokens`` the store holds; None: ask again."""
+        state = self._state(request)
+        if not self._loads or request.skip_reading_prefix_cache or computed_tokens % self._block_tokens:
+            return 0, False
+        size = self._block_tokens
+        # At least one token is always computed: the last one has to be, to sample the next.
+        limit = (request.num_tokens - 1) // size
+        if self._config.hit_ratio < 1:
+            limit = int(limit * self._config.hit_ratio)
+        if state.cap is not None:
+            limit = min(limit, state.cap)
+        first = computed_tokens // size
+        if limit <= first:
+            return 0, False
+        now = time.monotonic()
+        key = (first, limit)
+        waiting = state.wait is not None
+        keep = self._config.lookup_refresh_ms / 1000 if waiting else LOOKUP_KEEP_S
+        if state.lookup_key != key or now - state.lookup_at >= keep:
+            self._look_up(state, first, limit, now)
+        elif waiting:
+            return None, False
+        if state.wait is not None and not self._arrived(state, first, limit, now):
+            return None, False
+        if not state.told:
+            self._tell(state, computed_tokens)
+        return (state.hits * size, True) if state.hits else (0, False)
+
+    def _look_up(self, state: RequestState, first: int, limit: int, now: float) -> None:
+        ids = state.chain.upto(state.request, limit)
+        try:
+            state.hits = int(self._store.lookup_prefix(ids[first:]))
+        except Exception as error:  # a store that fails is a store that holds nothing
+            logger.warning("lookup failed, request %s computes: %s", state.request.request_id, error)
+            state.hits = 0
+        state.lookup_key, state.lookup_at = (first, limit), now
+
+    def _arrived(self, state: RequestState, first: int, limit: int, now: float) -> bool:
+        """Whether the wait for a promise is over."""
+        wait = state.wait
+        assert wait is not None
+        ids = state.chain.upto(state.request, limit)
+        fields = wait.mismatches(self._namespace, ids)
+        for field in fields:
+            self.stats.add(MISMATCH_PREFIX + field)
+        wanted = min(wait.promise.blocks, limit)
+        end = first + state.hits
+        reason = ""
+        if fields:
+            reason = f"it differs in {', '.join(fields)}"
+            logger.warning(
+                "request %s: announced KV cannot be used here, %s", state.request.request_id, reason
+            )
+        elif end < wanted:
+            if now >= wait.deadline:
+                self.stats.add("handoff_timeouts")
+                reason = f"{wanted - end} of {wanted} blocks were not published in time"
+            elif self._store.lookup_abandoned(ids[end:wanted]).any():
+                self.stats.add("handoff_abandoned")
+                reason = "their writer gave them up"
+            else:
+                wait.waited = True
+                return False
+            logger.warning("request %s: announced blocks missing, %s", state.request.request_id, reason)
+        if wait.waited:
+            self.stats.add("handoff_waits")
+            self.stats.add("handoff_wait_seconds", now - wait.started)
+        state.wait = None
+        return True
+
+    def _tell(self, state: RequestState, computed_tokens: int) -> None:
+        state.told = True
+        request, size = state.request, self._block_tokens
+        self.stats.add("queried_tokens", request.num_tokens)
+        self.stats.add("hbm_hit_tokens", computed_tokens)
+        hits = state.hits * size
+        logger.info(
+            "request_id: %s, total_blocks_num: %d, hit hbm: %d, hit external: %d",
+            request.request_id, request.num_tokens // size, computed_tokens // size, state.hits,
+        )  # fmt: skip
+        if hits == 0 and state.chain is not None and len(state.chain) > computed_tokens // size:
+            logger.info(
+                "request_id: %s hit nothing external: block %d (id %s) is not in namespace %s, order %s",
+                request.request_id, computed_tokens // size,
+                state.chain.upto(request, computed_tokens // size + 1)[-1].tobytes().hex(),
+                self._namespace.logical, self._namespace.order,
+            )  # fmt: skip
+
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        """vLLM has given memory to the tokens that ``matched`` promised."""
+        if external_tokens <= 0:
+            return
+        state = self._requests[request.request_id]
+        table = list(blocks.get_block_ids()[0])
+        first, _ = state.lookup_key
+        count = external_tokens // self._block_tokens
+        slots = table[first : first + count]
+        assert len(slots) == count, (len(table), first, count)
+        ids = state.chain.upto(request, first + count)[first:]
+        state.load_first, state.load_slots = first, slots
+        state.lookup_key = (-1, -1)
+        self.stats.add("hit_tokens", external_tokens)
+        self._step.loads.append(Transfer(request.request_id, ids.tobytes(), slots))
+
+    # -- saving -------------------------------------------------------------------------------
+
+    def build(self, scheduler_output: Any) -> StepMetadata:
+        """The metadata of the step that was just scheduled."""
+        step, self._step = self._step, StepMetadata()
+        step.preempted = list(getattr(scheduler_output, "preempted_req_ids", None) or ())
+        for request_id in step.preempted:
+            state = self._requests.get(request_id)
+            if state is not None:
+                state.submitted = False  # the worker waits for these copies before it goes on
+                state.table = []
+        scheduled = scheduler_output.num_scheduled_tokens
+        for new in scheduler_output.scheduled_new_reqs:
+            self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, scheduled)
+        cached = scheduler_output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            self._advance(
+                step, request_id, cached.new_block_ids[i], request_id in cached.resumed_req_ids,
+                cached.num_computed_tokens[i], scheduled,
+            )  # fmt: skip
+        return step
+
+    def _advance(
+        self, step: StepMetadata, request_id: str, block_ids: Any, replace: bool, computed: int,
+        scheduled: dict[str, int],
+    ) -> None:  # fmt: skip
+        state = self._requests.get(request_id)
+        if state is None:
+            return
+        new = list(block_ids[0]) if block_ids else []
+        if replace:
+            state.table = new
+        else:
+            state.table.extend(new)
+        if not self._saves:
+            return
+        # Only confirmed tokens are hashed: placeholders of asynchronous scheduling and rejected
+        # drafts are not in num_tokens.
+        tokens = min(computed + scheduled[request_id], state.request.num_tokens)
+        if not self._config.save_decode_blocks:
+            tokens = min(tokens, state.request.num_prompt_tokens)
+        transfer = self._transfer(state, tokens // self._block_tokens, state.table)
+        if transfer is None:
+            return
+        step.saves.append(transfer)
+        state.submitted = True
+        if self._config.handoff is Handoff.BLOCKING and tokens >= state.request.num_prompt_tokens:
+            step.blocking.append(request_id)
+
+    def _transfer(self, state: RequestState, full: int, table: list[int]) -> Transfer | None:
+        """The save of all blocks up to ``full`` that are not yet saved and not in the store."""
+        full = min(full, len(table))
+        first = state.saved
+        if full <= first:
+            return None
+        state.saved = full
+        ids = state.chain.upto(state.request, full)[first:]
+        present = self._store.lookup(ids)
+        wanted = [i for i in range(full - first) if not present[i] and table[first + i] != NULL_BLOCK]
+        if not wanted:
+            return None
+        return Transfer(
+            state.request.request_id, ids[wanted].tobytes(), [table[first + i] for i in wanted]
+        )
+
+    # -- the end of requests --------------------------------------------------------------------
+
+    def worker_output(self, output: Any) -> None:
+        """The workers' report of a step."""
+        invalid = output.invalid_block_ids or ()
+        if invalid:
+            for state in self._requests.values():
+                self._failed(state, invalid)
+        for request_id in output.finished_recving or ():
+            state = self._requests.get(request_id)
+            if state is not None:
+                state.load_slots = None
+
+    @staticmethod
+    def _failed(state: RequestState, invalid: Any) -> None:
+        bad = [i for i, slot in enumerate(state.load_slots or ()) if slot in invalid]
+        if bad:
+            # What failed once is computed; asking again could fail for ever.
+            state.cap = state.load_first + bad[0]
+
+    def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over: whether its memory must stay, and what the answer announces."""
+        state = self._requests.pop(request.request_id, None)
+        if state is None:
+            return False, None
+        status = request.status.name
+        complete = status not in ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
+        if complete and self._saves:
+            self._save_rest(state, block_ids)
+        params = self._announce(state) if complete and self._saves else None
+        if state.load_slots is not None:
+            return False, params  # vLLM keeps the memory until the load has ended
+        if state.submitted:
+            self._step.held.append(request.request_id)
+        return state.submitted, params
+
+    def _save_rest(self, state: RequestState, block_ids: list[int]) -> None:
+        """Blocks whose last token was confirmed only by the output that ended the request."""
+        if not self._config.save_decode_blocks or not state.table:
+            return
+        full = (state.request.num_tokens - 1) // self._block_tokens
+        transfer = self._transfer(state, full, list(block_ids))
+        if transfer is not None:
+            self._step.late.append(transfer)
+            state.submitted = True
+
+    def _announce(self, state: RequestState) -> dict[str, Any] | None:
+        request = state.request
+        blocks = min(request.num_prompt_tokens // self._block_tokens, state.saved)
+        if blocks == 0:
+            return None
+        ids = state.chain.upto(request, blocks)
+        params = {
+            handoff.KEY: handoff.announce(self._namespace, self._block_tokens, ids, self._writer)
+        }
+        asked = getattr(request, "kv_transfer_params", None)
+        if isinstance(asked, dict) and asked.get("do_remote_decode"):
+            params |= {"do_remote_prefill": True, "do_remote_decode": False}
+        return params
+
+    def reset_cache(self) -> bool:
+        """The weights changed: nothing that is stored may be hit again."""
+        for state in self._requests.values():
+            state.lookup_key = (-1, -1)
+        if not self._store.new_epoch():
+            logger.error("this libucm.so cannot start a new epoch; stop, and clear the directory")
+            return False
+        return True
+
+    def take_stats(self) -> UcmStats | None:
+        """The counters since the last call."""
+        if self.stats.is_empty():
+            return None
+        stats, self.stats = self.stats, UcmStats()
+        return stats
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._store.close()

@@ -1,0 +1,48 @@
+"""The stream on which vLLM computes, and events on it.
+
+Owns one event per device, recorded again for each batch: the engine captures it before the submit
+call returns. On a CPU there is no stream and computation is over when a call returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ComputeStream:
+    """Records events on, and waits for, the current stream of a torch device."""
+
+    def __init__(self, device_type: str) -> None:
+        import torch
+
+        self._module: Any = None if device_type == "cpu" else getattr(torch, device_type)
+        self._event: Any = None
+
+    def record(self) -> int | None:
+        """The native handle of an event that stands for all work enqueued so far."""
+        if self._module is None:
+            return None
+        if self._event is None:
+            self._event = self._module.Event()
+        self._event.record(self._module.current_stream())
+        for name in ("cuda_event", "npu_event"):
+            handle = getattr(self._event, name, None)
+            if handle is not None:
+                return int(handle)
+        raise TypeError(f"{type(self._event)} has no native event handle")
+
+    def synchronize(self) -> None:
+        """Waits on the CPU."""
+        if self._module is not None:
+            self._module.current_stream().synchronize()
+
+    def handle(self) -> int | None:
+        """The native handle of the current stream."""
+        if self._module is None:
+            return None
+        stream = self._module.current_stream()
+        for name in ("cuda_stream", "npu_stream"):
+            handle = getattr(stream, name, None)
+            if handle is not None:
+                return int(handle)
+        raise TypeError(f"{type(stream)} has no native stream handle")

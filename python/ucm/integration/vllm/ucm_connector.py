@@ -1,0 +1,225 @@
+"""``UCMConnector``: the class that vLLM loads.
+
+Owns the translation of vLLM's connector interface, which differs by version, into the two halves in
+``scheduler.py`` and ``worker.py``. Importing this module does nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from ucm.integration.vllm.config import ConnectorConfig
+from ucm.integration.vllm.config import load as load_config
+from ucm.integration.vllm.metadata import StepMetadata
+from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
+
+if TYPE_CHECKING:
+    from ucm.integration.vllm.namespace import Namespace
+    from ucm.integration.vllm.rank import Rank
+    from ucm.integration.vllm.scheduler import SchedulerSide
+    from ucm.integration.vllm.worker import WorkerSide
+
+logger = logging.getLogger("vllm.ucm")
+
+
+def _rank(vllm_config: Any, index: int) -> Rank:
+    from ucm.integration.vllm.platform import is_mla
+    from ucm.integration.vllm.rank import rank_of
+
+    tensor_parallel = int(vllm_config.parallel_config.tensor_parallel_size)
+    heads = int(vllm_config.model_config.get_total_num_kv_heads())
+    return rank_of(index, tensor_parallel, heads, shared=is_mla(vllm_config))
+
+
+def _set_failure_policy(vllm_config: Any, config: ConnectorConfig) -> None:
+    transfer = vllm_config.kv_transfer_config
+    if config.strict_load_failure:
+        logger.info("strict_load_failure: kv_load_failure_policy stays %s", transfer.kv_load_failure_policy)
+    elif transfer.kv_load_failure_policy != "recompute":
+        transfer.kv_load_failure_policy = "recompute"
+        logger.info(
+            "kv_load_failure_policy is set to recompute: blocks that cannot be loaded are computed "
+            "(strict_load_failure: true keeps vLLM's fail)"
+        )
+
+
+class UCMConnector(KVConnectorBase_V1):
+    """Saves KV blocks to UCM's store and loads them from it."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        from ucm.integration.vllm.geometry import group_shape
+        from ucm.integration.vllm.platform import find_namespace
+
+        self._config = load_config(self._kv_transfer_config.kv_connector_extra_config)
+        self._shape = group_shape(kv_cache_config)
+        self._namespace: Namespace = find_namespace(vllm_config, self._config, self._shape.block_tokens)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = self._open_scheduler()
+        atexit.register(self.shutdown)
+
+    def _open_scheduler(self) -> SchedulerSide:
+        from ucm.integration.vllm.scheduler import SchedulerSide
+        from ucm.integration.vllm.stores import open_lookup
+
+        for warning in self._config.warnings:
+            logger.warning("%s", warning)
+        _set_failure_policy(self._vllm_config, self._config)
+        store = open_lookup(
+            self._config, self._namespace, self._shape.part_bytes, _rank(self._vllm_config, 0).part_count
+        )
+        logger.info("UCM namespace: %s", self._namespace.describe())
+        transfer = self._kv_transfer_config
+        return SchedulerSide(
+            self._config,
+            self._namespace,
+            store,
+            self._shape.block_tokens,
+            loads=transfer.is_kv_consumer,
+            saves=transfer.is_kv_producer,
+            writer=str(transfer.engine_id),
+        )
+
+    # -- worker -------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        from ucm.integration.vllm import geometry
+        from ucm.integration.vllm.stores import open_transfer
+        from ucm.integration.vllm.streams import ComputeStream
+        from ucm.integration.vllm.worker import WorkerSide
+
+        shape = self._shape
+        layout = geometry.build(kv_caches, shape.block_count, shape.part_bytes, shape.names)
+        rank = _rank(self._vllm_config, int(get_tensor_model_parallel_rank()))
+        first = next(iter(kv_caches.values()))
+        device = (first[0] if isinstance(first, (tuple, list)) else first).device
+        store = open_transfer(self._config, self._namespace, layout, rank, device, layerwise=False)
+        stream = ComputeStream(device.type)
+        self._worker = WorkerSide(self._config, rank, layout, store, stream, shape.block_tokens)
+        logger.info(
+            "UCM worker: rank %d, part %d of %d, %d layers, %d bytes a block",
+            rank.index, rank.part, rank.part_count, len(layout.layers), layout.part_bytes,
+        )  # fmt: skip
+
+    def _step(self) -> StepMetadata:
+        step = self._get_connector_metadata()
+        assert isinstance(step, StepMetadata)
+        return step
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        if self._worker is not None:
+            # A set of request ids up to 0.17, the step's metadata after it.
+            ids = getattr(kv_connector_metadata, "preempted", kv_connector_metadata)
+            self._worker.preempted(ids)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        # After the draft model's pass, where there is one; not called in steps without a pass.
+        if self._worker is not None:
+            self._worker.save_step(self._step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        return self._worker.finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_invalid() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        worker, self._worker = self._worker, None
+        scheduler, self._scheduler = self._scheduler, None
+        if worker is not None:
+            worker.close()
+        if scheduler is not None:
+            scheduler.close()
+
+    # -- scheduler ----------------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        # A dropped save is a future miss; a promise that is not kept ends with the wait for it.
+        return False
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        assert self._scheduler is not None
+        return self._scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        assert self._scheduler is not None
+        started = time.perf_counter()
+        step = self._scheduler.build(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            self._scheduler.stats.add("scheduler_seconds", time.perf_counter() - started)
+        return step
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.worker_output(connector_output)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.finished(request, block_ids)
+
+    def reset_cache(self) -> bool | None:
+        assert self._scheduler is not None
+        return self._scheduler.reset_cache()
+
+    # -- both ---------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> UcmStats | None:
+        side = self._scheduler if self._scheduler is not None else self._worker
+        return side.take_stats() if side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UcmStats:
+        return UcmStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> UcmPromMetrics:
+        from ucm.integration.vllm.platform import find_namespace
+
+        labels: dict[str, str] = {}
+        try:
+            config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+            block_tokens = int(vllm_config.cache_config.block_size)
+            labels = find_namespace(vllm_config, config, block_tokens).describe()
+        except Exception as error:  # metrics must not stop a server
+            logger.warning("ucm_namespace_info is not published: %s", error)
+        return UcmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues, labels)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return load_config(extra_config).use_layerwise
