@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 LIBRARY_ENV: Final = "UCM_LIBRARY"
 """Names another ``libucm.so``, for development."""
@@ -29,7 +29,7 @@ BATCH_NOTIFY_COPIED: Final = 2
 class Batch(C.Structure):
     """``ucm_batch_t``; pointers are kept as integers, so that no object is made per pointer."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("struct_size", C.c_size_t),
         ("blocks", C.c_void_p),
         ("shards", C.c_void_p),
@@ -45,7 +45,7 @@ class Batch(C.Structure):
 class Completion(C.Structure):
     """``ucm_completion_t``."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("task", C.c_void_p),
         ("user_data", C.c_uint64),
         ("stage", C.c_uint32),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ _BITS_PER_BYTE = 8
 class _DLTensor(C.Structure):
     """``DLTensor`` of the DLPack specification, version 0 and 1."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("data", C.c_void_p),
         ("device_type", C.c_int32),
         ("device_id", C.c_int32),

@@ -268,9 +268,7 @@ class Store:
         """The length of the longest prefix that is present."""
         array = block_ids(ids)
         hits = C.c_size_t()
-        check(
-            self._lib.ucm_lookup_prefix(self._handle, pointer(array), len(array), C.byref(hits))
-        )
+        check(self._lib.ucm_lookup_prefix(self._handle, pointer(array), len(array), C.byref(hits)))
         return hits.value
 
     def prefetch(self, ids: Any) -> None:
@@ -296,11 +294,7 @@ class Store:
         array = block_ids(ids)
         found = np.zeros(len(array), dtype=np.uint8)
         if _native.has("ucm_lookup_abandoned"):
-            check(
-                self._lib.ucm_lookup_abandoned(
-                    self._handle, pointer(array), len(array), pointer(found)
-                )
-            )
+            check(self._lib.ucm_lookup_abandoned(self._handle, pointer(array), len(array), pointer(found)))
         return found.view(np.bool_)
 
     def new_epoch(self) -> bool:

@@ -1,15 +1,14 @@
 """The connector's configuration: the UCM YAML file named in ``kv_connector_extra_config``.
 
-Owns the top-level keys of the file. The ``ucm_connectors`` block is the engine's and goes to it as
-it stands; its keys are checked there.
+Owns the top-level keys that the connector reads. The whole file goes to the engine as it stands: the
+engine knows every key, the connector's too, and refuses an unknown one with a suggestion.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Final
 
@@ -17,12 +16,6 @@ import yaml
 
 CONFIG_FILE_KEY: Final = "UCM_CONFIG_FILE"
 ENGINE_BLOCK: Final = "ucm_connectors"
-
-UPSTREAM_IGNORED: Final[dict[str, str]] = {
-    "load_only_first_rank": "every rank loads what it needs; for MLA one rank saves",
-    "ucm_sparse_config": "sparse attention is not part of this engine",
-    "enable_record_traces": "use vLLM's tracing",
-}
 
 
 class Handoff(Enum):
@@ -38,8 +31,8 @@ class Handoff(Enum):
 class ConnectorConfig:
     """Top-level keys of the YAML file, validated."""
 
-    engine_yaml: str
-    """The engine's own mapping, as YAML text."""
+    text: str
+    """The whole file."""
     enable_event_sync: bool = True
     """Saves wait on the device for an event instead of stopping the host."""
     use_layerwise: bool = False
@@ -51,28 +44,32 @@ class ConnectorConfig:
     handoff: Handoff = Handoff.PROMISE
     handoff_wait_ms: int = 5000
     """How long a decode server waits for blocks that a prefill server announced."""
-    model_id: str = ""
-    """Replaces the fingerprint of config and weights: equal ids mean equal models."""
-    namespace_extra: str = ""
-    """Any text that separates namespaces, for instance a tenant."""
+    persist_token_threshold: int = 0
+    """Prompts of fewer tokens are neither saved nor loaded."""
+    load_tokens_threshold: int = 0
+    """Fewer external hit tokens than this are computed instead of loaded."""
     metrics_config_path: str = ""
     """Accepted; the metrics are vLLM's own, under its ``/metrics``."""
     hit_ratio: float = 1.0
     """At most this share of a prompt's blocks is loaded; below 1 for experiments only."""
-    lookup_refresh_ms: int = 100
-    """How often a waiting request looks again."""
     save_wait_ms: int = 5000
-    """Bound of every wait for copies: preemption, sleep, shutdown."""
-    warnings: tuple[str, ...] = field(default=(), compare=False)
+    """Bound of every wait for saves: preemption, blocking handoff, shutdown."""
+    model_id: str = ""
+    """A key of the engine. Replaces the fingerprint of config and weights: equal ids, equal models."""
+    namespace_extra: str = ""
+    """A key of the engine. Any text that separates namespaces, for instance a tenant."""
+    lookup_refresh_ms: int = 100
+    """A key of the engine. How often a waiting request looks again."""
 
 
 class ConfigError(ValueError):
     """The file cannot be used; the text names the key and what is allowed."""
 
 
-_KNOWN: Final = tuple(
-    f.name for f in fields(ConnectorConfig) if f.name not in ("engine_yaml", "warnings")
-)
+ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms")
+"""Keys of the engine's mapping that the connector has to know too."""
+
+_TOP_KEYS: Final = tuple(f.name for f in fields(ConnectorConfig) if f.name not in ("text", *ENGINE_KEYS))
 
 
 def _value(name: str, value: Any, default: Any) -> Any:
@@ -90,7 +87,7 @@ def _value(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, int):
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
-        raise ConfigError(f"{name}: {value!r} is not a number of milliseconds, 0 or more")
+        raise ConfigError(f"{name}: {value!r} is not a whole number, 0 or more")
     if isinstance(default, float):
         if isinstance(value, (int, float)) and 0 <= value <= 1:
             return float(value)
@@ -102,42 +99,24 @@ def _engine_mapping(data: Mapping[str, Any]) -> Mapping[str, Any]:
     block = data.get(ENGINE_BLOCK)
     if block is None:
         raise ConfigError(f"{ENGINE_BLOCK}: missing; see examples/ucm_config_example.yaml")
-    if isinstance(block, list):
-        if len(block) != 1:
-            raise ConfigError(f"{ENGINE_BLOCK}: {len(block)} entries; exactly one store is used")
-        block = block[0]
-    inner = block.get("ucm_connector_config") if isinstance(block, Mapping) else None
+    entry = block[0] if isinstance(block, list) and block else block
+    inner = entry.get("ucm_connector_config") if isinstance(entry, Mapping) else None
     if not isinstance(inner, Mapping):
-        raise ConfigError(f"{ENGINE_BLOCK}: the entry needs a mapping ucm_connector_config")
+        raise ConfigError(f"{ENGINE_BLOCK}: its first entry needs a mapping ucm_connector_config")
     return inner
 
 
-def parse(data: Mapping[str, Any]) -> ConnectorConfig:
-    """Validates the mapping of a UCM YAML file."""
+def parse(data: Mapping[str, Any], text: str) -> ConnectorConfig:
+    """Reads the connector's keys from the mapping of a UCM YAML file."""
     engine = _engine_mapping(data)
-    defaults = ConnectorConfig(engine_yaml="")
-    values: dict[str, Any] = {}
-    warnings: list[str] = []
-    for name, value in data.items():
-        if name == ENGINE_BLOCK:
-            continue
-        if name in UPSTREAM_IGNORED:
-            warnings.append(f"{name} is accepted and has no effect: {UPSTREAM_IGNORED[name]}")
-            continue
-        if name not in _KNOWN:
-            near = difflib.get_close_matches(name, [*_KNOWN, ENGINE_BLOCK], 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_KNOWN)}"
-            raise ConfigError(f"{name}: unknown key{hint}")
-        values[name] = _value(name, value, getattr(defaults, name))
-    # These two are also keys of the engine; either place will do.
-    for shared in ("model_id", "namespace_extra", "lookup_refresh_ms"):
-        if shared in engine and shared not in values:
-            values[shared] = _value(shared, engine[shared], getattr(defaults, shared))
-    return ConnectorConfig(
-        engine_yaml=yaml.safe_dump(dict(engine), sort_keys=False),
-        warnings=tuple(warnings),
-        **values,
-    )
+    defaults = ConnectorConfig(text=text)
+    values = {
+        name: _value(name, source[name], getattr(defaults, name))
+        for names, source in ((_TOP_KEYS, data), (ENGINE_KEYS, engine))
+        for name in names
+        if source.get(name) is not None
+    }
+    return ConnectorConfig(text=text, **values)
 
 
 def load(extra_config: Mapping[str, Any]) -> ConnectorConfig:
@@ -145,13 +124,12 @@ def load(extra_config: Mapping[str, Any]) -> ConnectorConfig:
     path = extra_config.get(CONFIG_FILE_KEY)
     if path is None:
         if ENGINE_BLOCK in extra_config:
-            return parse(extra_config)
-        raise ConfigError(
-            f'kv_connector_extra_config needs "{CONFIG_FILE_KEY}": "/path/to/ucm_config.yaml"'
-        )
+            return parse(extra_config, yaml.safe_dump(dict(extra_config), sort_keys=False))
+        raise ConfigError(f'kv_connector_extra_config needs "{CONFIG_FILE_KEY}": "/path/to/ucm_config.yaml"')
     try:
         with open(os.path.expanduser(str(path)), encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+            text = file.read()
+        data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{CONFIG_FILE_KEY}: {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -159,6 +137,6 @@ def load(extra_config: Mapping[str, Any]) -> ConnectorConfig:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{CONFIG_FILE_KEY}: {path} holds no mapping")
     try:
-        return parse(data)
+        return parse(data, text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

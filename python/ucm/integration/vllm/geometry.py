@@ -8,6 +8,7 @@ page are taken as they lie.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -152,9 +153,7 @@ def _tensor_slices(name: str, tensor: Any, block_count: int) -> list[Slice]:
     offsets, run = _runs([*page_dims, (kernel_blocks, stride)], element)
     if not offsets or len(offsets) * len(outer) > SLICES_PER_LAYER_MAX:
         raise GeometryError(f"{_describe(name, tensor)}: a block is no small set of contiguous runs")
-    return [
-        Slice(base + lead + offset, stride * kernel_blocks, run) for lead in outer for offset in offsets
-    ]
+    return [Slice(base + lead + offset, stride * kernel_blocks, run) for lead in outer for offset in offsets]
 
 
 def build(
@@ -176,9 +175,7 @@ def build(
     for name in [*wanted, *extra]:
         entry = kv_caches[name]
         tensors = list(entry) if isinstance(entry, (tuple, list)) else [entry]
-        slices = tuple(
-            one for tensor in tensors for one in _tensor_slices(name, tensor, block_count)
-        )
+        slices = tuple(one for tensor in tensors for one in _tensor_slices(name, tensor, block_count))
         if slices in seen:
             continue  # this layer shares the memory of another
         if name in extra:
@@ -198,7 +195,7 @@ def build(
 
 def _refuse_overlap(layout: Layout) -> None:
     runs = sorted((one.base, one.length, layer.name) for layer in layout.layers for one in layer.slices)
-    for (base, length, name), (following, _, other) in zip(runs, runs[1:], strict=False):
+    for (base, length, name), (following, _, other) in itertools.pairwise(runs):
         if base + length > following:
             raise GeometryError(f"block 0 of {name} and of {other} overlap in memory")
 

@@ -1,4 +1,4 @@
-"""What the scheduler side tells the worker side for one step.
+"""What the scheduler side tells the worker side for one step, and what it hears back.
 
 Plain data that pickles small; decides nothing.
 """
@@ -6,8 +6,13 @@ Plain data that pickles small; decides nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+WorkerMetadataBase: Any = getattr(base, "KVConnectorWorkerMetadata", object)
+"""Missing before 0.18: there nothing but finished transfers travels back."""
 
 
 @dataclass(slots=True)
@@ -25,6 +30,7 @@ class Transfer:
 class StepMetadata(KVConnectorMetadata):
     """One scheduler step."""
 
+    number: int = 0
     loads: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
     """Of this step: their bytes are there when its computation, drafts included, is over."""
@@ -38,3 +44,14 @@ class StepMetadata(KVConnectorMetadata):
     """Requests whose saves must be persisted before this step ends."""
     new_epoch: bool = False
     """The weights changed: forget every stored block."""
+
+
+@dataclass
+class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
+    """How far the copies of saves are: all of steps up to ``copied_step`` are done."""
+
+    copied_step: int = 0
+
+    def aggregate(self, other: WorkerReport) -> WorkerReport:
+        """The report of several ranks: the slowest counts."""
+        return WorkerReport(min(self.copied_step, other.copied_step))

@@ -26,7 +26,7 @@ def vllm_version() -> tuple[int, int]:
     """Major and minor version of the running vLLM."""
     import vllm
 
-    numbers = (vllm.__version__.split("+")[0].split(".") + ["0", "0"])[:2]
+    numbers = [*vllm.__version__.split("+")[0].split("."), "0", "0"][:2]
     return int(numbers[0]), int("".join(c for c in numbers[1] if c.isdigit()) or 0)
 
 

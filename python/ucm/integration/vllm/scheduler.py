@@ -32,7 +32,7 @@ class RequestState:
 
     __slots__ = (
         "cap", "chain", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
-        "saved", "submitted", "table", "told", "wait",
+        "save_step", "saved", "table", "told", "wait",
     )  # fmt: skip
 
     def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
@@ -43,8 +43,8 @@ class RequestState:
         """vLLM's block numbers, as far as they were scheduled."""
         self.saved = 0
         """Blocks before this one are saved, or were handed to the worker to save."""
-        self.submitted = False
-        """Whether the worker has copies of this residency to make."""
+        self.save_step = 0
+        """The last step that saves from this request's memory; 0: none does."""
         self.lookup_key: tuple[int, int] = (-1, -1)
         self.lookup_at = 0.0
         self.hits = 0
@@ -80,7 +80,8 @@ class SchedulerSide:
         self._writer = writer
         self._adapters = AdapterDigests()
         self._requests: dict[str, RequestState] = {}
-        self._step = StepMetadata()
+        self._step = StepMetadata(number=1)
+        self._copied_step = 0
         self.stats = UcmStats()
 
     # -- loading ------------------------------------------------------------------------------
@@ -98,7 +99,9 @@ class SchedulerSide:
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed_tokens`` the store holds; None: ask again."""
         state = self._state(request)
-        if not self._loads or request.skip_reading_prefix_cache or computed_tokens % self._block_tokens:
+        if not self._loads or request.skip_reading_prefix_cache or self._is_short(request):
+            return 0, False
+        if computed_tokens % self._block_tokens:
             return 0, False
         size = self._block_tokens
         # At least one token is always computed: the last one has to be, to sample the next.
@@ -122,7 +125,13 @@ class SchedulerSide:
             return None, False
         if not state.told:
             self._tell(state, computed_tokens)
-        return (state.hits * size, True) if state.hits else (0, False)
+        tokens = state.hits * size
+        if tokens == 0 or tokens < self._config.load_tokens_threshold:
+            return 0, False
+        return tokens, True
+
+    def _is_short(self, request: Any) -> bool:
+        return bool(request.num_prompt_tokens < self._config.persist_token_threshold)
 
     def _look_up(self, state: RequestState, first: int, limit: int, now: float) -> None:
         ids = state.chain.upto(state.request, limit)
@@ -204,12 +213,12 @@ class SchedulerSide:
 
     def build(self, scheduler_output: Any) -> StepMetadata:
         """The metadata of the step that was just scheduled."""
-        step, self._step = self._step, StepMetadata()
+        step, self._step = self._step, StepMetadata(number=self._step.number + 1)
         step.preempted = list(getattr(scheduler_output, "preempted_req_ids", None) or ())
         for request_id in step.preempted:
             state = self._requests.get(request_id)
             if state is not None:
-                state.submitted = False  # the worker waits for these copies before it goes on
+                state.save_step = 0  # the worker waits for these copies before it goes on
                 state.table = []
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
@@ -234,7 +243,7 @@ class SchedulerSide:
             state.table = new
         else:
             state.table.extend(new)
-        if not self._saves:
+        if not self._saves or self._is_short(state.request):
             return
         # Only confirmed tokens are hashed: placeholders of asynchronous scheduling and rejected
         # drafts are not in num_tokens.
@@ -245,7 +254,7 @@ class SchedulerSide:
         if transfer is None:
             return
         step.saves.append(transfer)
-        state.submitted = True
+        state.save_step = step.number
         if self._config.handoff is Handoff.BLOCKING and tokens >= state.request.num_prompt_tokens:
             step.blocking.append(request_id)
 
@@ -261,22 +270,23 @@ class SchedulerSide:
         wanted = [i for i in range(full - first) if not present[i] and table[first + i] != NULL_BLOCK]
         if not wanted:
             return None
-        return Transfer(
-            state.request.request_id, ids[wanted].tobytes(), [table[first + i] for i in wanted]
-        )
+        return Transfer(state.request.request_id, ids[wanted].tobytes(), [table[first + i] for i in wanted])
 
     # -- the end of requests --------------------------------------------------------------------
 
     def worker_output(self, output: Any) -> None:
         """The workers' report of a step."""
+        report = getattr(output, "kv_connector_worker_meta", None)
+        if report is not None:
+            self._copied_step = report.copied_step
         invalid = output.invalid_block_ids or ()
         if invalid:
             for state in self._requests.values():
                 self._failed(state, invalid)
         for request_id in output.finished_recving or ():
-            state = self._requests.get(request_id)
-            if state is not None:
-                state.load_slots = None
+            received = self._requests.get(request_id)
+            if received is not None:
+                received.load_slots = None
 
     @staticmethod
     def _failed(state: RequestState, invalid: Any) -> None:
@@ -297,9 +307,10 @@ class SchedulerSide:
         params = self._announce(state) if complete and self._saves else None
         if state.load_slots is not None:
             return False, params  # vLLM keeps the memory until the load has ended
-        if state.submitted:
+        held = state.save_step > self._copied_step
+        if held:
             self._step.held.append(request.request_id)
-        return state.submitted, params
+        return held, params
 
     def _save_rest(self, state: RequestState, block_ids: list[int]) -> None:
         """Blocks whose last token was confirmed only by the output that ended the request."""
@@ -309,7 +320,7 @@ class SchedulerSide:
         transfer = self._transfer(state, full, list(block_ids))
         if transfer is not None:
             self._step.late.append(transfer)
-            state.submitted = True
+            state.save_step = self._step.number
 
     def _announce(self, state: RequestState) -> dict[str, Any] | None:
         request = state.request
@@ -317,7 +328,7 @@ class SchedulerSide:
         if blocks == 0:
             return None
         ids = state.chain.upto(request, blocks)
-        params = {
+        params: dict[str, Any] = {
             handoff.KEY: handoff.announce(self._namespace, self._block_tokens, ids, self._writer)
         }
         asked = getattr(request, "kv_transfer_params", None)

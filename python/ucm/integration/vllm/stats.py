@@ -6,7 +6,7 @@ and steps add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -48,6 +48,8 @@ RATES: Final = 1e9
 class UcmStats(KVConnectorStats):
     """Counters of one interval."""
 
+    data: dict[str, Any] = field(default_factory=dict)
+
     def add(self, name: str, amount: float = 1) -> None:
         """Counts."""
         self.data[name] = self.data.get(name, 0) + amount
@@ -69,7 +71,8 @@ class UcmStats(KVConnectorStats):
             name: d[name] for name in ("hit_tokens", "verified_loaded_tokens") if name in d
         }
         for verb in ("load", "save"):
-            moved, seconds = d.get(f"{verb}ed_bytes" if verb == "load" else "saved_bytes", 0), d.get(f"{verb}_seconds", 0)
+            moved = d.get("loaded_bytes" if verb == "load" else "saved_bytes", 0)
+            seconds = d.get(f"{verb}_seconds", 0)
             if moved:
                 line[f"{verb} GB"] = round(moved / RATES, 4)
                 line[f"{verb} GB/s"] = round(moved / RATES / seconds, 3) if seconds else 0

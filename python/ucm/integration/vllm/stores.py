@@ -21,7 +21,7 @@ LOOKUP_ONLY: Final = -1
 
 
 def _options(config: ConnectorConfig, namespace: Namespace, values: dict[str, Any]) -> Options:
-    options = Options(config.engine_yaml)
+    options = Options(config.text)
     options.update(namespace.engine_options())
     options.update(values)
     return options

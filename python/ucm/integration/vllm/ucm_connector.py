@@ -69,8 +69,6 @@ class UCMConnector(KVConnectorBase_V1):
         from ucm.integration.vllm.scheduler import SchedulerSide
         from ucm.integration.vllm.stores import open_lookup
 
-        for warning in self._config.warnings:
-            logger.warning("%s", warning)
         _set_failure_policy(self._vllm_config, self._config)
         store = open_lookup(
             self._config, self._namespace, self._shape.part_bytes, _rank(self._vllm_config, 0).part_count
@@ -141,6 +139,9 @@ class UCMConnector(KVConnectorBase_V1):
             return None, None
         return self._worker.finished()
 
+    def build_connector_worker_meta(self) -> Any:
+        return self._worker.report() if self._worker is not None else None
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_invalid() if self._worker is not None else set()
 
@@ -159,9 +160,7 @@ class UCMConnector(KVConnectorBase_V1):
         # A dropped save is a future miss; a promise that is not kept ends with the wait for it.
         return False
 
-    def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
         return self._scheduler.matched(request, num_computed_tokens)
 
@@ -181,9 +180,7 @@ class UCMConnector(KVConnectorBase_V1):
         assert self._scheduler is not None
         self._scheduler.worker_output(connector_output)
 
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.finished(request, block_ids)
 

@@ -16,7 +16,7 @@ import numpy as np
 from ucm.errors import Busy, Status, UcmError
 from ucm.integration.vllm.config import ConnectorConfig
 from ucm.integration.vllm.geometry import AddressTable, Layout
-from ucm.integration.vllm.metadata import StepMetadata, Transfer
+from ucm.integration.vllm.metadata import StepMetadata, Transfer, WorkerReport
 from ucm.integration.vllm.rank import Rank
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.streams import ComputeStream
@@ -42,11 +42,12 @@ class LoadJob:
 class SaveJob:
     """One save of one request."""
 
-    __slots__ = ("copied", "started", "task", "transfer")
+    __slots__ = ("copied", "started", "step", "task", "transfer")
 
-    def __init__(self, transfer: Transfer, task: Any) -> None:
+    def __init__(self, transfer: Transfer, task: Any, step: int) -> None:
         self.transfer = transfer
         self.task = task
+        self.step = step
         self.started = time.monotonic()
         self.copied = False
 
@@ -70,6 +71,10 @@ class WorkerSide:
         self._loads: list[LoadJob] = []
         self._saves: list[SaveJob] = []
         self._held: set[str] = set()
+        self._step = 0
+        """The step that is running."""
+        self._submitted_step = 0
+        """The saves of steps up to this one were submitted."""
         self._invalid: set[int] = set()
         self.stats = UcmStats()
 
@@ -77,6 +82,9 @@ class WorkerSide:
 
     def start_loads(self, step: StepMetadata) -> None:
         """Submits this step's loads, all requests at once, and the saves of finished requests."""
+        self._step = step.number
+        if not step.saves:
+            self._submitted_step = step.number
         self._submit_saves(step.late)
         self._held.update(step.held)
         for transfer in step.loads:
@@ -95,6 +103,7 @@ class WorkerSide:
     def save_step(self, step: StepMetadata) -> None:
         """Submits this step's saves; their copies wait for the step's computation."""
         self._submit_saves(step.saves)
+        self._submitted_step = step.number
         if step.blocking:
             self._wait_persisted(set(step.blocking))
 
@@ -118,7 +127,7 @@ class WorkerSide:
             self._give_up(ids)
             return
         self.stats.add("saves")
-        self._saves.append(SaveJob(transfer, task))
+        self._saves.append(SaveJob(transfer, task, self._step))
 
     def _give_up(self, ids: Any) -> None:
         """Ends the wait of servers to which these blocks were promised."""
@@ -206,7 +215,12 @@ class WorkerSide:
         if status == Status.OK:
             return True
         # A save that failed may still be reading: only RELEASED says that it is not.
-        return status != Status.PENDING and job.task.poll(Stage.RELEASED) != Status.PENDING
+        return bool(status != Status.PENDING and job.task.poll(Stage.RELEASED) != Status.PENDING)
+
+    def report(self) -> WorkerReport:
+        """How far the copies are. Every rank reports in every step, so that the slowest counts."""
+        pending = [job.step for job in self._saves if not job.copied]
+        return WorkerReport(min(pending) - 1 if pending else self._submitted_step)
 
     def take_invalid(self) -> set[int]:
         """Blocks that failed to load since the last call."""

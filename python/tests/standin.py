@@ -1,0 +1,153 @@
+"""An in-memory stand-in for ``ucm.Store``, for tests of scheduling alone.
+
+Keeps the bytes it is given, really copies them, and can be told to be slow, to fail, or to lose
+blocks. It proves nothing about the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ucm.errors import Busy, Status
+from ucm.store import Stage, block_ids
+
+
+@dataclass
+class World:
+    """What stores of one test share."""
+
+    blocks: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
+    abandoned: set[bytes] = field(default_factory=set)
+    fail_loads: set[bytes] = field(default_factory=set)
+    """Ids whose load fails."""
+    hold: bool = False
+    """Whether tasks stay pending."""
+    refuse_saves: bool = False
+    lookups: int = 0
+    loaded: int = 0
+    saved: int = 0
+
+
+class StandinTask:
+    def __init__(self, world: World, work: Any, count: int) -> None:
+        self._world, self._work, self._statuses = world, work, np.zeros(count, dtype=np.int32)
+        self._done = False
+
+    def _run(self) -> None:
+        if not self._done:
+            self._statuses = self._work()
+            self._done = True
+
+    def poll(self, stage: Stage | None = None) -> Status:
+        if not self._done:
+            if self._world.hold:
+                return Status.PENDING
+            self._run()
+        bad = self._statuses[self._statuses != 0]
+        if len(bad) and stage != Stage.RELEASED:
+            return Status(int(bad[0]))
+        return Status.OK
+
+    def wait_status(self, stage: Stage | None = None, timeout_ms: int = -1) -> Status:
+        self._run()
+        return self.poll(stage)
+
+    def statuses(self) -> Any:
+        return self._statuses
+
+    def error(self) -> str:
+        return "told to fail"
+
+    def cancel(self) -> None:
+        self._run()
+
+
+class StandinStore:
+    """Has the methods of ``ucm.Store`` that the connector uses."""
+
+    def __init__(self, world: World, slices: list[int], part: int = 0, part_count: int = 1) -> None:
+        self.world, self.slices, self.part, self.part_count = world, slices, part, part_count
+        self.closed = False
+
+    def _present(self, one: Any) -> bool:
+        key = one.tobytes()
+        return all((key, part) in self.world.blocks for part in range(self.part_count))
+
+    def lookup(self, ids: Any) -> Any:
+        self.world.lookups += 1
+        return np.array([self._present(one) for one in block_ids(ids)], dtype=bool)
+
+    def lookup_prefix(self, ids: Any) -> int:
+        found = self.lookup(ids)
+        return int(np.argmin(found)) if not found.all() else len(found)
+
+    def lookup_abandoned(self, ids: Any) -> Any:
+        return np.array([one.tobytes() in self.world.abandoned for one in block_ids(ids)], dtype=bool)
+
+    def abandon(self, ids: Any) -> bool:
+        self.world.abandoned.update(one.tobytes() for one in block_ids(ids))
+        return True
+
+    def new_epoch(self) -> bool:
+        self.world.blocks.clear()
+        return True
+
+    def save(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
+        if self.world.refuse_saves:
+            raise Busy("told to refuse")
+        keys = [one.tobytes() for one in block_ids(ids)]
+        rows = np.array(addresses, dtype=np.uint64)
+
+        def work() -> Any:
+            for key, row in zip(keys, rows, strict=True):
+                data = b"".join(ctypes.string_at(int(a), n) for a, n in zip(row, self.slices, strict=True))
+                self.world.blocks[key, self.part] = data
+                self.world.saved += 1
+            return np.zeros(len(keys), dtype=np.int32)
+
+        return StandinTask(self.world, work, len(keys))
+
+    def load(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
+        keys = [one.tobytes() for one in block_ids(ids)]
+        rows = np.array(addresses, dtype=np.uint64)
+
+        def work() -> Any:
+            statuses = np.zeros(len(keys), dtype=np.int32)
+            for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+                data = self.world.blocks.get((key, self.part))
+                if data is None or key in self.world.fail_loads:
+                    statuses[i] = Status.CORRUPT
+                    for address, length in zip(row, self.slices, strict=True):
+                        ctypes.memset(int(address), 0xA5, length)
+                    continue
+                offset = 0
+                for address, length in zip(row, self.slices, strict=True):
+                    ctypes.memmove(int(address), data[offset : offset + length], length)
+                    offset += length
+                self.world.loaded += 1
+            return statuses
+
+        return StandinTask(self.world, work, len(keys))
+
+    def hash_tokens(
+        self, tokens: Any, block_tokens: int, parent: bytes | None = None, extra: bytes = b""
+    ) -> Any:
+        count = len(tokens) // block_tokens
+        return self.hash_blocks(tokens, block_tokens, [extra] * count, parent)
+
+    def hash_blocks(self, tokens: Any, block_tokens: int, extras: Any, parent: bytes | None = None) -> Any:
+        out = []
+        array = np.ascontiguousarray(tokens, dtype=np.uint32)
+        for i, extra in enumerate(extras):
+            piece = array[i * block_tokens : (i + 1) * block_tokens].tobytes()
+            parent = hashlib.blake2b((parent or b"") + piece + extra, digest_size=16).digest()
+            out.append(np.frombuffer(parent, dtype=np.uint8))
+        return np.array(out, dtype=np.uint8).reshape(-1, 16)
+
+    def close(self) -> None:
+        self.closed = True
