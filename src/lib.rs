@@ -16,5 +16,8 @@ pub mod io;
 mod layout;
 pub mod log;
 pub mod mem;
+pub mod metrics;
 pub mod posix;
+#[cfg(test)]
+mod reference;
 pub mod task;
