@@ -127,8 +127,9 @@ fn the_inner_mapping_alone_is_a_file_too() {
 #[test]
 fn text_and_yaml_mean_the_same() {
     // Goal: what `set` takes as text gives the configuration that YAML gives.
-    let yaml = built(&with(
-        "storage_backends: [/a, /b]\ntensor_size_list: [4096, 4096]\nchecksum: off\nio_direct: false\ncache_buffer_capacity_gb: 0.25\ncpu_affinity_cores: [0, 2]\n",
+    let yaml = built(concat!(
+        "model_id: m\nstorage_backends: [/a, /b]\n",
+        "tensor_size_list: [4096, 4096]\nchecksum: off\nio_direct: false\ncache_buffer_capacity_gb: 0.25\ncpu_affinity_cores: [0, 2]\n",
     ));
     let mut options = Options::new();
     for (key, value) in [
@@ -156,7 +157,8 @@ fn empty_texts_are_mappings_without_keys() {
     for text in ["", "\n", "# nothing\n", "---\n", "{}"] {
         assert_eq!(Options::from_yaml(text).unwrap(), Options::new(), "{text:?}");
     }
-    let empty = "ucm_connectors:\n  - ucm_connector_name: UcmPipelineStore\n    ucm_connector_config:\n";
+    let empty =
+        "ucm_connectors:\n  - ucm_connector_name: UcmPipelineStore\n    ucm_connector_config:\n";
     assert_eq!(Options::from_yaml(empty).unwrap(), Options::new());
 }
 
@@ -192,7 +194,10 @@ fn bad_values_name_the_key_and_what_is_allowed() {
         ("store_pipeline: Cache|Mooncake", &["store_pipeline", "Cache|Posix"]),
         ("device: gpu", &["device", "cuda, ascend"]),
     ] {
-        assert_refused(&with(&format!("block_size: 4096\n{keys}")).replace("storage_backends: /a\n", ""), words);
+        assert_refused(
+            &with(&format!("block_size: 4096\n{keys}")).replace("storage_backends: /a\n", ""),
+            words,
+        );
     }
 }
 
@@ -212,7 +217,8 @@ fn broken_files_are_configuration_errors() {
         "ucm_connectors:\n  - ucm_connector_config: {}\ntimeout_ms: 5\n",
         &["timeout_ms", "below ucm_connector_config"],
     );
-    let missing = Options::from_yaml_file(std::path::Path::new("/does/not/exist.yaml")).unwrap_err();
+    let missing =
+        Options::from_yaml_file(std::path::Path::new("/does/not/exist.yaml")).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
     assert!(missing.to_string().contains("/does/not/exist.yaml"));
 }
@@ -253,7 +259,10 @@ fn sizes_that_do_not_fit_together_are_refused() {
         ("block_size: 4096\nio_size_kb: 6", "io_size_kb"),
         ("block_size: 268435456\nposix_capacity_gb: 1", "posix_capacity_gb"),
         ("block_size: 4096\nstorage_backends: [/a, /a]", "listed twice"),
-        ("block_size: 4096\nposix_gc_recycle_percent: 0.9\nposix_gc_trigger_threshold_ratio: 0.5", "posix_gc_recycle_percent"),
+        (
+            "block_size: 4096\nposix_gc_recycle_percent: 0.9\nposix_gc_trigger_threshold_ratio: 0.5",
+            "posix_gc_recycle_percent",
+        ),
         ("tensor_size: 1\nblock_size: 1048576", "tensor_size"),
     ] {
         let yaml = match keys.contains("storage_backends") {
@@ -267,7 +276,9 @@ fn sizes_that_do_not_fit_together_are_refused() {
 #[test]
 fn a_lookup_only_store_needs_only_the_size_of_a_part() {
     // Goal: device_id -1 takes a block size alone, and ignores slices that would not do for transfers.
-    let config = built(&with("device_id: -1\nblock_size: 8192\npart_count: 8\ncache_buffer_capacity_gb: 0\n"));
+    let config = built(&with(
+        "device_id: -1\nblock_size: 8192\npart_count: 8\ncache_buffer_capacity_gb: 0\n",
+    ));
     assert!(config.is_lookup_only());
     assert_eq!((config.geometry.part_bytes, config.geometry.part_count), (8192, 8));
     let config = built(&with("device_id: -1\nblock_size: 8192\nshard_size: 3000\n"));
@@ -289,7 +300,7 @@ fn strided_slices_have_two_notations() {
     assert_eq!(yaml.geometry.shard_bytes, 4096 + 4096 + 100);
     options.set("tensor_shape_list", "256,4:4096,1:7,16:256").unwrap();
     let merged = options.build().unwrap().geometry.slices;
-    assert_eq!(merged, [SliceShape { run_bytes: 4096, dimensions: vec![] }]);
+    assert_eq!(merged, [SliceShape::contiguous(16384)]);
 }
 
 #[test]
@@ -298,12 +309,26 @@ fn slices_that_write_a_byte_twice_are_refused() {
     let set = |text: &str| Options::new().set("tensor_shape_list", text);
     for text in ["256,4:255", "256,2:0", "10,3:25,3:20", "256,1000000:100,2:50", "4,2:8,2:10"] {
         let error = set(text).unwrap_err().to_string();
-        assert!(error.contains("overlap") && error.contains("tensor_shape_list"), "{text}: {error}");
+        assert!(
+            error.contains("overlap") && error.contains("tensor_shape_list"),
+            "{text}: {error}"
+        );
     }
     for text in ["256,4:256", "10,2:100,3:60", "4,2:4,2:100", "256,1:0"] {
         set(text).unwrap();
     }
-    for text in ["", "x", "0", "5,3", "5,0:9", "1,2:3,2:9,2:99,2:999,2:9999,2:99999,2:999999", "[{counts: [2]}]", "[{run: 4, counts: [2], strides: []}]", "[{run: 4, stride: 3}]", "99999999999999,2:99999999999999"] {
+    for text in [
+        "",
+        "x",
+        "0",
+        "5,3",
+        "5,0:9",
+        "1,2:3,2:9,2:99,2:999,2:9999,2:99999,2:999999",
+        "[{counts: [2]}]",
+        "[{run: 4, counts: [2], strides: []}]",
+        "[{run: 4, stride: 3}]",
+        "999999999999999,2:999999999999999",
+    ] {
         let error = set(text).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{text}: {error}");
     }
@@ -320,14 +345,19 @@ fn segments_follow_the_size_of_parts_and_the_capacity() {
     assert_eq!(built(&with("block_size: 4096")).segment_bytes, 256 << 20);
     let large = built(&with("block_size: 134217728\nsegment_size_mb: 64"));
     assert_eq!(large.segment_bytes, (4 * (128 << 20) + 4 * 4096_u64).next_multiple_of(1 << 20));
-    assert!(large.warnings.iter().any(|w| w.starts_with("segment_size_mb: 64")), "{:?}", large.warnings);
+    assert!(
+        large.warnings.iter().any(|w| w.starts_with("segment_size_mb: 64")),
+        "{:?}",
+        large.warnings
+    );
     assert_eq!(built(&with("block_size: 4096\nposix_capacity_gb: 0.125")).segment_bytes, 16 << 20);
 }
 
 #[test]
 fn every_default_has_the_form_of_its_key() {
     // Goal: the table contradicts itself nowhere: defaults parse, names and aliases are unique.
-    let mut names: Vec<_> = KEYS.iter().flat_map(|key| key.aliases.iter().chain([&key.name])).collect();
+    let mut names: Vec<_> =
+        KEYS.iter().flat_map(|key| key.aliases.iter().chain([&key.name])).collect();
     for key in KEYS.iter().filter(|key| !key.default.is_empty()) {
         Options::new().set(key.name, key.default).unwrap();
     }
@@ -379,7 +409,8 @@ fn the_reference_lists_every_key() {
 fn the_examples_of_the_reference_are_valid() {
     // Goal: every YAML block of docs/configuration.md is accepted as it stands.
     let text = include_str!("../../docs/configuration.md");
-    let examples: Vec<_> = text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let examples: Vec<_> =
+        text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
     assert!(examples.len() >= 6);
     for example in examples {
         let mut options = Options::from_yaml(example).unwrap();
