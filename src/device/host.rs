@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::{CapturedEvent, CopyJob, CopyStream, Device, Direction, Finished, Marker, Wake};
+use super::{
+    CapturedEvent, CopyJob, CopyStream, Device, Direction, Finished, Marker, Staging, Wake,
+};
 use crate::block::SliceShape;
 use crate::error::Result;
 
@@ -55,7 +57,11 @@ impl CopyStream for HostStream {
                     staging = staging.add(shape.bytes() as usize);
                 }
             }
-            self.finished.push(Finished { ticket: job.ticket, result: Ok(()) });
+            self.finished.push(Finished {
+                ticket: job.ticket,
+                result: Ok(()),
+                staging: Staging::Free,
+            });
         }
         None
     }

@@ -4,7 +4,14 @@
 //! workers (`crate::copy`) each own one [`CopyStream`] and feed it gathers (save: caller memory to a
 //! slot) and scatters (load: slot to caller memory).
 
+mod ascend;
+mod cuda;
+mod engine;
 pub mod host;
+mod loader;
+mod open;
+
+pub use open::open;
 
 use std::any::Any;
 use std::ffi::c_void;
@@ -50,8 +57,33 @@ pub struct CopyJob<'a> {
 pub struct Finished {
     /// The job's ticket.
     pub ticket: u64,
-    /// How it ended. On an error the bytes are undefined, and the device no longer touches them.
+    /// How it ended. On an error the bytes are undefined.
     pub result: Result<()>,
+    /// Whether the staging memory may be used again.
+    pub staging: Staging,
+}
+
+/// What became of a finished job's staging memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Staging {
+    /// The device no longer touches it.
+    Free,
+    /// The device failed in a way that proves nothing: the slot must never be used again, and the arena
+    /// never be unmapped. The caller's device memory died with its context, so it counts as released.
+    Lost,
+}
+
+/// What `ucm doctor` and the statistics tell of a device.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// `host`, `cuda`, `ascend`.
+    pub kind: &'static str,
+    /// Name and driver version, in one line.
+    pub description: String,
+    /// How copies are made, one line for each choice.
+    pub copies: Vec<String>,
+    /// What the platform refused: what, its cost, the remedy; a sentence each.
+    pub fallbacks: Vec<String>,
 }
 
 /// Wakes the copy worker that owns a stream; called from any thread, also from a driver's callback.
@@ -91,9 +123,20 @@ pub trait Device: Send + Sync {
     fn is_host(&self) -> bool {
         false
     }
+
+    /// The NUMA node that the device hangs on, where the system tells: the arena belongs there.
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+
+    /// What was found and chosen at open, and refused since.
+    fn report(&self) -> Report {
+        Report { kind: self.name(), ..Report::default() }
+    }
 }
 
-/// An ordered queue of copies on the device, owned by one thread.
+/// An ordered queue of copies on the device, owned by one thread. Dropping it waits for the copies that
+/// are still in flight, or leaks what the device may still touch.
 pub trait CopyStream: Send {
     /// Enqueues jobs, in order. The result for each job is reported by `poll`, also when enqueueing it
     /// fails. Returns a marker that stands for all of them, where the device has such a thing; null

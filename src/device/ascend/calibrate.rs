@@ -1,0 +1,53 @@
+//! Measuring the strategies on this machine, once, before `open` returns.
+
+use std::ffi::c_void;
+use std::time::Instant;
+
+use super::{Ascend, api};
+use crate::device::engine::{Choices, Driver, Fault, PATTERN_BYTES, StrategySet, Stream};
+
+impl Ascend {
+    /// Measures the set; everything is given back.
+    pub(super) fn calibrate(&self, set: &StrategySet) -> Result<Choices, Fault> {
+        if set.0.len() == 1 {
+            return Ok(Choices::uniform(set.0[0]));
+        }
+        let _entered = self.enter()?;
+        let stream = self.create_stream()?;
+        let choices = self.calibrate_on(stream, set);
+        self.destroy_stream(stream);
+        choices
+    }
+
+    fn calibrate_on(&self, stream: Stream, set: &StrategySet) -> Result<Choices, Fault> {
+        let host = self.host_buffer(PATTERN_BYTES as usize)?;
+        let device = self.device_buffer(2 * PATTERN_BYTES as usize);
+        let choices = device.as_ref().map_err(Clone::clone).map(|&device| {
+            Choices::measure(set, |strategy, direction, pattern| {
+                let pieces = pattern.pieces(device as usize, host as usize);
+                let begin = Instant::now();
+                // SAFETY: the buffers cover the pieces and live until the stream is synchronised below.
+                let copied = unsafe { self.copy_with(strategy, stream, direction, &pieces) };
+                copied.and_then(|()| self.synchronize(stream)).ok().map(|()| begin.elapsed())
+            })
+        });
+        if self.synchronize(stream).is_ok() {
+            // SAFETY: the stream is idle, and nothing else knows these buffers.
+            unsafe {
+                if let Ok(device) = device {
+                    (self.api.functions.aclrtFree)(device);
+                }
+                (self.api.functions.aclrtFreeHost)(host);
+            }
+        }
+        choices
+    }
+
+    fn device_buffer(&self, bytes: usize) -> Result<*mut c_void, Fault> {
+        let mut buffer = std::ptr::null_mut();
+        // SAFETY: `buffer` is a valid place.
+        let status =
+            unsafe { (self.api.functions.aclrtMalloc)(&mut buffer, bytes, api::MALLOC_HUGE_FIRST) };
+        self.api.check("aclrtMalloc", status).map(|()| buffer)
+    }
+}
