@@ -9,6 +9,7 @@ pub mod cache;
 pub mod clock;
 pub mod completion;
 pub mod config;
+mod copy;
 pub mod device;
 pub mod error;
 pub mod hash;
@@ -17,7 +18,9 @@ mod layout;
 pub mod log;
 pub mod mem;
 pub mod metrics;
+mod parts;
 pub mod posix;
 #[cfg(test)]
 mod reference;
+pub mod store;
 pub mod task;

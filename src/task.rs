@@ -113,6 +113,8 @@ struct State {
     told_copied: bool,
     told_last: bool,
     retired: bool,
+    copied_after: Option<Duration>,
+    settled_after: Option<Duration>,
 }
 
 /// One submitted batch.
@@ -155,6 +157,8 @@ impl Task {
                 told_copied: false,
                 told_last: false,
                 retired: false,
+                copied_after: None,
+                settled_after: None,
             }),
             changed: Condvar::new(),
             completions,
@@ -223,8 +227,10 @@ impl Task {
         self.plan.event.as_ref()
     }
 
-    pub(crate) fn started(&self) -> Instant {
-        self.started
+    /// How long after submit everything was copied, and settled.
+    pub(crate) fn times(&self) -> (Option<Duration>, Option<Duration>) {
+        let state = self.state.lock();
+        (state.copied_after, state.settled_after)
     }
 
     /// Whether the unit has its final result.
@@ -452,6 +458,12 @@ impl Task {
     fn after_change(&self, mut state: parking_lot::MutexGuard<'_, State>) {
         self.wake(&state);
         let save = self.plan.kind == Kind::Save;
+        if state.uncopied == 0 && state.copied_after.is_none() {
+            state.copied_after = Some(self.started.elapsed());
+        }
+        if state.unsettled == 0 && state.settled_after.is_none() {
+            state.settled_after = Some(self.started.elapsed());
+        }
         let tell_copied = save
             && self.plan.notify.copied
             && state.uncopied == 0

@@ -10,3 +10,4 @@ mod policy_tests;
 
 pub use policy::S3Fifo;
 pub use slots::Slots;
+pub mod shared;

@@ -1,0 +1,319 @@
+//! Copy workers: the threads that gather, scatter, verify and seal.
+//!
+//! Each worker owns one [`CopyStream`]. Workers share two queues, one for loads and one for saves; loads
+//! go first. A worker hands every job it has to the device at once, so that a device which batches
+//! copies can, and parks when it has neither jobs nor copies to wait for: it is woken by a new job, or by
+//! the device through [`Wake`](crate::device::Wake). CPU work on the bytes (checksums) runs here, next to the
+//! copy of the same bytes, and never on a reactor.
+
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::device::{CopyJob, CopyStream, Device, Direction, Finished, Staging};
+use crate::error::{Error, Result};
+use crate::parts::{PartId, Unit};
+use crate::task::Address;
+
+/// Jobs a worker takes at once from the shared queues where the device copies by itself.
+const BATCH_DEVICE: usize = 64;
+/// The same where the worker's own thread copies: the others can then share the work.
+const BATCH_HOST: usize = 1;
+
+/// A copy between a unit's memory and the slot of its part.
+pub(crate) struct Copy {
+    pub direction: Direction,
+    pub part: PartId,
+    pub unit: Unit,
+    /// First byte of the unit's shard in the slot.
+    pub staging: *mut u8,
+}
+
+// SAFETY: the address lies in a slot that the part table keeps pinned until the copy's end is reported.
+unsafe impl Send for Copy {}
+
+/// Work for a copy worker.
+pub(crate) enum Job {
+    /// A copy for the device.
+    Copy(Copy),
+    /// CPU work: runs on the worker and returns the copies that follow from it.
+    Compute(Urgency, Box<dyn FnOnce() -> Vec<Job> + Send>),
+}
+
+/// Which of the two queues a job goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Urgency {
+    Load,
+    Save,
+}
+
+impl Job {
+    fn urgency(&self) -> Urgency {
+        match self {
+            Job::Copy(Copy { direction: Direction::Scatter, .. }) => Urgency::Load,
+            Job::Copy(Copy { direction: Direction::Gather, .. }) => Urgency::Save,
+            Job::Compute(urgency, _) => *urgency,
+        }
+    }
+}
+
+/// Who is told what became of copies.
+pub(crate) trait Owner: Send + Sync {
+    /// A copy ended; `None`: it never began, since its task was settled before. Returns what to do next.
+    fn copied(&self, copy: Copy, result: Option<Result<()>>, staging: Staging) -> Vec<Job>;
+    /// A worker's thread panicked: nothing is left to trust.
+    fn poisoned(&self, error: Error);
+}
+
+#[derive(Default)]
+struct Queues {
+    loads: VecDeque<Job>,
+    saves: VecDeque<Job>,
+    idle: usize,
+    stopped: bool,
+}
+
+struct Shared {
+    queues: Mutex<Queues>,
+    wake: Condvar,
+}
+
+/// The workers of one store.
+pub(crate) struct CopyPool {
+    shared: Arc<Shared>,
+    workers: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl CopyPool {
+    /// A pool without threads yet: `start` gives it some.
+    pub(crate) fn new() -> Self {
+        let shared = Shared { queues: Mutex::new(Queues::default()), wake: Condvar::new() };
+        Self { shared: Arc::new(shared), workers: Mutex::new(Vec::new()) }
+    }
+
+    /// Starts `streams` workers, each with a stream of `device`.
+    pub(crate) fn start(
+        &self,
+        device: &dyn Device,
+        streams: usize,
+        owner: &Arc<dyn Owner>,
+    ) -> Result<()> {
+        let batch = if device.is_host() { BATCH_HOST } else { BATCH_DEVICE };
+        for index in 0..streams {
+            let news = Arc::new(AtomicBool::new(false));
+            let (flag, shared) = (Arc::clone(&news), Arc::clone(&self.shared));
+            let wake = Arc::new(move || {
+                flag.store(true, Ordering::Release);
+                let _queues = shared.queues.lock();
+                shared.wake.notify_all();
+            });
+            let stream = device.open_stream(wake)?;
+            let worker = Worker {
+                shared: Arc::clone(&self.shared),
+                stream,
+                news,
+                batch,
+                owner: Arc::clone(owner),
+                flying: Vec::new(),
+                free: Vec::new(),
+                finished: Vec::new(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("ucm-copy-{index}"))
+                .spawn(move || worker.run_to_end())
+                .map_err(|error| Error::io("start a copy worker", None, &error))?;
+            self.workers.lock().push(thread);
+        }
+        Ok(())
+    }
+
+    /// Queues jobs; one lock and at most one wake-up a job.
+    pub(crate) fn push(&self, jobs: Vec<Job>) {
+        self.shared.push(jobs);
+    }
+
+    /// Lets the workers finish what is queued and in flight, and ends them.
+    pub(crate) fn stop(&self) {
+        self.shared.queues.lock().stopped = true;
+        self.shared.wake.notify_all();
+        let this = std::thread::current().id();
+        for worker in std::mem::take(&mut *self.workers.lock()) {
+            if worker.thread().id() != this {
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn push(&self, jobs: Vec<Job>) {
+        if jobs.is_empty() {
+            return;
+        }
+        let mut queues = self.queues.lock();
+        let wake = jobs.len().min(queues.idle);
+        for job in jobs {
+            match job.urgency() {
+                Urgency::Load => queues.loads.push_back(job),
+                Urgency::Save => queues.saves.push_back(job),
+            }
+        }
+        drop(queues);
+        for _ in 0..wake {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Up to `count` jobs; waits for one unless the device has news or copies could be lost sight of.
+    fn take(&self, count: usize, news: &AtomicBool, flying: bool, taken: &mut Vec<Job>) -> Taken {
+        let mut queues = self.queues.lock();
+        loop {
+            while taken.len() < count {
+                let Some(job) = queues.loads.pop_front() else { break };
+                taken.push(job);
+            }
+            while taken.len() < count {
+                let Some(job) = queues.saves.pop_front() else { break };
+                taken.push(job);
+            }
+            if !taken.is_empty() || news.swap(false, Ordering::AcqRel) {
+                return Taken::Some;
+            }
+            if queues.stopped && !flying {
+                return Taken::End;
+            }
+            queues.idle += 1;
+            self.wake.wait(&mut queues);
+            queues.idle -= 1;
+        }
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Taken {
+    Some,
+    End,
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    stream: Box<dyn CopyStream>,
+    news: Arc<AtomicBool>,
+    batch: usize,
+    owner: Arc<dyn Owner>,
+    /// Copies in flight, by ticket.
+    flying: Vec<Option<Copy>>,
+    free: Vec<u64>,
+    finished: Vec<Finished>,
+}
+
+impl Worker {
+    fn run_to_end(mut self) {
+        let owner = Arc::clone(&self.owner);
+        let run = std::panic::AssertUnwindSafe(|| self.run());
+        if let Err(panic) = std::panic::catch_unwind(run) {
+            owner.poisoned(Error::panicked("a copy worker", &*panic));
+            // The device may still be moving bytes of the copies in flight: their record stays.
+            std::mem::forget(self);
+        }
+    }
+
+    fn run(&mut self) {
+        let mut jobs = Vec::new();
+        loop {
+            let flying = self.flying.len() > self.free.len();
+            if self.shared.take(self.batch, &self.news, flying, &mut jobs) == Taken::End {
+                return;
+            }
+            // What follows from a job is done next by the worker that has its bytes in its cache.
+            loop {
+                let mut next = self.perform(&mut jobs);
+                next.append(&mut self.reap());
+                if next.len() > self.batch {
+                    self.shared.push(next.split_off(self.batch));
+                }
+                jobs = next;
+                if jobs.is_empty() {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn perform(&mut self, jobs: &mut Vec<Job>) -> Vec<Job> {
+        let mut next = Vec::new();
+        let mut copies = Vec::new();
+        for job in jobs.drain(..) {
+            match job {
+                Job::Compute(_, work) => next.append(&mut work()),
+                Job::Copy(copy) if copy.unit.task.begin(copy.unit.index) => copies.push(copy),
+                Job::Copy(copy) => next.append(&mut self.owner.copied(copy, None, Staging::Free)),
+            }
+        }
+        if !copies.is_empty() {
+            self.enqueue(copies);
+        }
+        next
+    }
+
+    fn enqueue(&mut self, copies: Vec<Copy>) {
+        let addresses: Vec<Vec<*mut c_void>> = copies.iter().map(addresses).collect();
+        let waits: Vec<_> = copies.iter().map(|copy| copy.unit.task.event().cloned()).collect();
+        let units: Vec<Unit> = copies.iter().map(|copy| copy.unit.clone()).collect();
+        let mut jobs = Vec::with_capacity(copies.len());
+        for ((copy, addresses), wait) in copies.into_iter().zip(&addresses).zip(&waits) {
+            let (direction, staging) = (copy.direction, copy.staging);
+            let ticket = self.board(copy);
+            let slices = &*units[jobs.len()].task.piece(units[jobs.len()].index).slices;
+            jobs.push(CopyJob {
+                ticket,
+                direction,
+                staging,
+                addresses,
+                slices,
+                wait: wait.as_ref(),
+            });
+        }
+        // SAFETY: the slot is pinned by the part table and the caller's memory claimed by `begin`, both
+        // until the copy, which stays in `flying`, is reported by `reap`.
+        if let Some(marker) = unsafe { self.stream.enqueue(&jobs) } {
+            for unit in units {
+                unit.task.enqueued(unit.index, &marker);
+            }
+        }
+    }
+
+    fn board(&mut self, copy: Copy) -> u64 {
+        match self.free.pop() {
+            Some(ticket) => {
+                self.flying[ticket as usize] = Some(copy);
+                ticket
+            }
+            None => {
+                self.flying.push(Some(copy));
+                self.flying.len() as u64 - 1
+            }
+        }
+    }
+
+    fn reap(&mut self) -> Vec<Job> {
+        let mut next = Vec::new();
+        self.stream.poll(&mut self.finished);
+        for Finished { ticket, result, staging } in self.finished.drain(..) {
+            let copy = self.flying.get_mut(ticket as usize).and_then(Option::take);
+            let copy = copy.expect("the device reports each ticket once");
+            self.free.push(ticket);
+            next.append(&mut self.owner.copied(copy, Some(result), staging));
+        }
+        next
+    }
+}
+
+fn addresses(copy: &Copy) -> Vec<*mut c_void> {
+    let addresses = copy.unit.task.addresses(copy.unit.index);
+    addresses.map(|Address(address)| std::ptr::with_exposed_provenance_mut(address)).collect()
+}

@@ -1,0 +1,311 @@
+//! The engine: what is behind the door, and the carrying out of the part table's actions.
+//!
+//! Events come from callers (`submit.rs`), reactors (reads, writes), copy workers (copies, checksums) and
+//! the clock. Each takes the table's lock for its decision only, lets go, and then acts.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::fresh::Fresh;
+use super::regions::Regions;
+use crate::block::PartKey;
+use crate::clock::Clock;
+use crate::completion::CompletionQueue;
+use crate::config::{Checksum, Config};
+use crate::copy::{Copy, CopyPool, Job, Owner, Urgency};
+use crate::device::{Device, Direction, Staging};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hash::BlockHasher;
+use crate::io::backend::Backend;
+use crate::io::{Class, DmaSlice};
+use crate::layout::Layout;
+use crate::log::{self, Level};
+use crate::mem::arena::Arena;
+use crate::metrics::Metrics;
+use crate::parts::{Action, PartId, Parts, Unit};
+use crate::posix::{Extent, Found, Tier};
+use crate::task::Task;
+
+/// Everything an open store owns.
+pub(super) struct Engine {
+    pub config: Config,
+    pub layout: Arc<Layout>,
+    pub hasher: BlockHasher,
+    pub device: Arc<dyn Device>,
+    pub tier: Option<Arc<Tier>>,
+    pub backends: Vec<Arc<Backend>>,
+    pub parts: Mutex<Parts>,
+    pub pool: CopyPool,
+    pub clock: Clock,
+    pub completions: Arc<CompletionQueue>,
+    pub tasks: Mutex<HashMap<u64, Arc<Task>>>,
+    pub next_task: AtomicU64,
+    pub live_units: AtomicU64,
+    pub fresh: Fresh,
+    pub regions: Regions,
+    pub shared: super::open::Shared,
+    pub metrics: Metrics,
+    pub closing: AtomicBool,
+    pub closed: Arc<AtomicBool>,
+    /// Told when a task ends or the table changes while the store closes.
+    pub drained: Condvar,
+    pub drain_lock: Mutex<()>,
+    pub poison: OnceLock<Error>,
+    /// A device or a drive may still touch the arena: it is never unmapped.
+    pub arena_lost: AtomicBool,
+    pub itself: Weak<Engine>,
+    /// Dropped last: everything above may point into it.
+    pub arena: Option<Arena>,
+}
+
+impl Engine {
+    pub(super) fn this(&self) -> Arc<Self> {
+        self.itself.upgrade().expect("a method of the engine runs while the engine is alive")
+    }
+
+    pub(super) fn tier(&self) -> &Arc<Tier> {
+        self.tier.as_ref().expect("parts are stored and read only where there is storage")
+    }
+
+    /// First byte of a slot.
+    pub(super) fn slot_base(&self, slot: u32) -> *mut u8 {
+        let arena = self.arena.as_ref().expect("a store that transfers has an arena");
+        let offset = slot as usize * self.config.geometry.extent_bytes() as usize;
+        debug_assert!(offset + self.config.geometry.extent_bytes() as usize <= arena.len());
+        arena.base().wrapping_add(offset)
+    }
+
+    /// The first `length` bytes of a slot.
+    fn slot_memory(&self, slot: u32, length: u64) -> DmaSlice {
+        DmaSlice { pointer: self.slot_base(slot), length: length as usize }
+    }
+
+    /// Takes an event to the part table and carries out what it decides.
+    pub(super) fn event<T>(&self, event: impl FnOnce(&mut Parts, &mut Vec<Action>) -> T) -> T {
+        let (answer, jobs) = self.event_jobs(event);
+        self.pool.push(jobs);
+        answer
+    }
+
+    /// As `event`, for a copy worker: returns the jobs that follow, for it to do itself.
+    pub(super) fn event_jobs<T>(
+        &self,
+        event: impl FnOnce(&mut Parts, &mut Vec<Action>) -> T,
+    ) -> (T, Vec<Job>) {
+        let mut actions = Vec::new();
+        let answer = event(&mut self.parts.lock(), &mut actions);
+        (answer, self.carry_out(actions))
+    }
+
+    pub(super) fn carry_out(&self, actions: Vec<Action>) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        for action in actions {
+            match action {
+                Action::Gather { part, slot, unit } => {
+                    jobs.push(self.copy(Direction::Gather, part, slot, unit))
+                }
+                Action::Scatter { part, slot, unit } => {
+                    jobs.push(self.copy(Direction::Scatter, part, slot, unit))
+                }
+                Action::Read { part, slot, key, found, class, expires } => {
+                    self.read(part, slot, key, found, class, expires);
+                }
+                Action::Store { part, slot, key } => self.reserve(part, slot, key),
+                Action::DirectLoad { unit, key, found } => self.direct_load(unit, key, found),
+                Action::DirectSave { part, unit, key } => self.direct_save(part, unit, key),
+                Action::Copied(unit) => unit.task.copied(unit.index),
+                Action::Settle(unit, result) => unit.task.settle(unit.index, result),
+                Action::Share(key) => self.shared.insert(&key),
+                Action::Unshare(key) => self.shared.remove(&key),
+                Action::WatchPartial(at) => self.watch_partial(at),
+            }
+        }
+        if self.closing.load(Ordering::Acquire) {
+            let _guard = self.drain_lock.lock();
+            self.drained.notify_all();
+        }
+        jobs
+    }
+
+    fn copy(&self, direction: Direction, part: PartId, slot: u32, unit: Unit) -> Job {
+        let staging = self.slot_base(slot).wrapping_add(unit.task.offset(unit.index));
+        Job::Copy(Copy { direction, part, unit, staging })
+    }
+
+    fn watch_partial(&self, at: Instant) {
+        let engine = Weak::clone(&self.itself);
+        self.clock.at(at, move || {
+            if let Some(engine) = engine.upgrade() {
+                engine.event(|parts, actions| parts.reclaim_partial(Instant::now(), actions));
+            }
+        });
+    }
+
+    // ---- loads: drive -> slot -> verify -> scatter ----
+
+    fn read(
+        &self,
+        part: PartId,
+        slot: u32,
+        key: PartKey,
+        found: Found,
+        class: Class,
+        expires: Option<Instant>,
+    ) {
+        let engine = self.this();
+        let memory = self.slot_memory(slot, self.config.geometry.payload_bytes());
+        let range = 0..memory.length as u64;
+        let done = Box::new(move |result| engine.read_done(part, slot, key, found, result));
+        self.tier().read(&key, &found, range, vec![memory], class, expires, done);
+    }
+
+    /// On a reactor: hands the bytes to a copy worker, which verifies them next to the copy.
+    fn read_done(
+        self: Arc<Self>,
+        part: PartId,
+        slot: u32,
+        key: PartKey,
+        found: Found,
+        result: Result<()>,
+    ) {
+        match result {
+            Err(error) => self.pool.push(self.read_failed(part, key, found, error)),
+            Ok(()) if self.config.checksum == Checksum::Off => {
+                self.event(|parts, actions| parts.verified(part, actions))
+            }
+            Ok(()) => {
+                let engine = Arc::clone(&self);
+                let verify = Box::new(move || engine.verify(part, slot, key, found));
+                self.pool.push(vec![Job::Compute(Urgency::Load, verify)]);
+            }
+        }
+    }
+
+    fn verify(&self, part: PartId, slot: u32, key: PartKey, found: Found) -> Vec<Job> {
+        let payload = self.slot_memory(slot, self.config.geometry.part_bytes);
+        // SAFETY: the part is in state Reading and its read has ended: nobody else touches the slot.
+        match unsafe { self.tier().verify(&key, &found, &[payload]) } {
+            Ok(()) => self.event_jobs(|parts, actions| parts.verified(part, actions)).1,
+            Err(error) => {
+                self.metrics.verify_failures.add(1);
+                self.read_failed(part, key, found, error)
+            }
+        }
+    }
+
+    fn read_failed(&self, part: PartId, key: PartKey, found: Found, error: Error) -> Vec<Job> {
+        let (units, jobs) =
+            self.event_jobs(|parts, actions| parts.read_failed(part, &error, actions));
+        self.explain_failure(key, found, error, units);
+        jobs
+    }
+
+    /// Asks the tier what the failed read means, and ends the loads with the answer.
+    fn explain_failure(&self, key: PartKey, found: Found, error: Error, units: Vec<Unit>) {
+        let ended = move |error: Error| {
+            units.iter().for_each(|unit| unit.task.settle(unit.index, Err(error.clone())));
+        };
+        self.explain(key, found, error, Box::new(ended));
+    }
+
+    /// A read that failed for good takes its entry out of the index; what passes leaves it there.
+    pub(super) fn explain(
+        &self,
+        key: PartKey,
+        found: Found,
+        error: Error,
+        ended: Box<dyn FnOnce(Error) + Send>,
+    ) {
+        let passing =
+            [ErrorKind::Timeout, ErrorKind::Busy, ErrorKind::Cancelled, ErrorKind::Closed];
+        if passing.contains(&error.kind()) {
+            ended(error);
+        } else {
+            self.tier().read_failed(&key, &found, error, ended);
+        }
+    }
+
+    // ---- saves: gather -> slot -> seal -> drive -> publish ----
+
+    fn reserve(&self, part: PartId, slot: u32, key: PartKey) {
+        let engine = self.this();
+        let reserved = move |extent: Result<Extent>| match extent {
+            Ok(extent) => {
+                let worker = Arc::clone(&engine);
+                let seal = Box::new(move || worker.seal(part, slot, extent));
+                engine.pool.push(vec![Job::Compute(Urgency::Save, seal)]);
+            }
+            Err(error) => engine.stored(part, &Err(error)),
+        };
+        self.tier().reserve(&key, None, Box::new(reserved));
+    }
+
+    fn seal(&self, part: PartId, slot: u32, extent: Extent) -> Vec<Job> {
+        let geometry = &self.config.geometry;
+        let (base, bytes) = (self.slot_base(slot), geometry.part_bytes as usize);
+        let trailer = base.wrapping_add(geometry.payload_bytes() as usize);
+        let shard_bytes = geometry.shard_bytes.min(geometry.part_bytes);
+        let payload = self.slot_memory(slot, geometry.part_bytes);
+        // SAFETY: the slot has `extent_bytes` bytes, the padding and the trailer page are its end, and in
+        // state Storing the bytes are only read (scatters); nobody reads the padding or the trailer.
+        unsafe {
+            base.add(bytes).write_bytes(0, geometry.payload_bytes() as usize - bytes);
+            self.tier().seal(&extent, &[payload], shard_bytes, trailer);
+        }
+        let engine = self.this();
+        let whole = self.slot_memory(slot, geometry.extent_bytes());
+        let done = Box::new(move |result| engine.stored(part, &result));
+        self.tier().write(extent, vec![whole], Class::Save, None, done);
+        Vec::new()
+    }
+
+    fn stored(&self, part: PartId, result: &Result<()>) {
+        if let Err(error) = result {
+            log::once(Level::Warning, "save failed", format_args!("a save failed: {error}"));
+        }
+        self.event(|parts, actions| parts.stored(part, result, actions));
+    }
+
+    /// Ends everything: after a panic on an engine thread nothing is left to trust.
+    fn fail_everything(&self, error: &Error) {
+        let _ = self.poison.set(error.clone());
+        let tasks: Vec<Arc<Task>> = self.tasks.lock().values().cloned().collect();
+        tasks.iter().for_each(|task| task.fail(error));
+    }
+}
+
+impl Owner for Engine {
+    fn copied(&self, copy: Copy, result: Option<Result<()>>, staging: Staging) -> Vec<Job> {
+        let Copy { direction, part, unit, .. } = copy;
+        let mut actions = Vec::new();
+        {
+            let mut parts = self.parts.lock();
+            if staging == Staging::Lost {
+                self.arena_lost.store(true, Ordering::Release);
+                parts.leak_slot(part);
+            }
+            match (direction, &result) {
+                (Direction::Scatter, _) => parts.scattered(part, &mut actions),
+                (Direction::Gather, None) => {
+                    parts.gathered(part, unit.clone(), Ok(false), &mut actions)
+                }
+                (Direction::Gather, Some(result)) => {
+                    parts.gathered(part, unit.clone(), result.clone().map(|()| true), &mut actions);
+                }
+            }
+        }
+        // After the table knows of it, so that whoever waits for COPIED finds the part in DRAM.
+        if let Some(result) = result {
+            unit.task.end(unit.index, result);
+        }
+        self.carry_out(actions)
+    }
+
+    fn poisoned(&self, error: Error) {
+        self.fail_everything(&error);
+    }
+}

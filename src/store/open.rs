@@ -1,0 +1,302 @@
+//! Open: backends are probed, the arena mapped and registered, the tier's index read, threads started.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::engine::Engine;
+use super::fresh::Fresh;
+use super::regions::Regions;
+use crate::block::PartKey;
+use crate::cache::shared::{SharedReaders, SharedTable};
+use crate::clock::Clock;
+use crate::completion::CompletionQueue;
+use crate::config::{Config, Facility, NumaPolicy, Storage};
+use crate::copy::{CopyPool, Owner};
+use crate::device::{self, Device};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hash::BlockHasher;
+use crate::io::backend::{Backend, BackendConfig};
+use crate::layout::Layout;
+use crate::log::{self, Level};
+use crate::mem::arena::{Arena, ArenaRequest};
+use crate::mem::numa;
+use crate::metrics::Metrics;
+use crate::parts::{Keep, Parts, Rules, Sink};
+use crate::posix::{Scope, Tail, Tier, TierConfig};
+
+/// Bounds of a reactor's queue of one class: as many requests as there are slots may wait in it.
+const QUEUE_MIN: usize = 4096;
+const QUEUE_MAX: usize = 65_536;
+
+/// What a store may be given instead of what its configuration names.
+#[derive(Default)]
+pub struct Platform {
+    /// One backend for each of `storage_backends`, opened already.
+    pub backends: Option<Vec<Arc<Backend>>>,
+    /// The device.
+    pub device: Option<Arc<dyn Device>>,
+}
+
+/// The host's shared view of DRAM tiers: written by stores that transfer, read by those that look up.
+pub(super) enum Shared {
+    None,
+    Writer(Mutex<SharedTable>),
+    Readers(SharedReaders),
+}
+
+impl Shared {
+    pub(super) fn insert(&self, key: &PartKey) {
+        if let Self::Writer(table) = self {
+            table.lock().insert(key);
+        }
+    }
+
+    pub(super) fn remove(&self, key: &PartKey) {
+        if let Self::Writer(table) = self {
+            table.lock().remove(key);
+        }
+    }
+
+    /// The DRAM tier is gone: readers see nothing in it any more.
+    pub(super) fn close(&self) {
+        if let Self::Writer(table) = self {
+            table.lock().close();
+        }
+    }
+
+    pub(super) fn contains(&self, key: &PartKey) -> bool {
+        matches!(self, Self::Readers(readers) if readers.contains(key))
+    }
+}
+
+pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
+    for warning in &config.warnings {
+        log::once(Level::Warning, warning, format_args!("{warning}"));
+    }
+    let deadline = Instant::now() + config.timeout;
+    let layout = Arc::new(Layout::new(&config.geometry)?);
+    let device = match platform.device {
+        Some(device) => device,
+        None => device::open(config.device, config.device_id)?,
+    };
+    let arena = map_arena(&config, &*device)?;
+    let backends = match platform.backends {
+        Some(backends) => backends,
+        None => open_backends(&config, deadline)?,
+    };
+    if let Some(arena) = &arena {
+        register_arena(arena, &backends, &*device, config.register_memory)?;
+    }
+    let tier = match config.pipeline.storage {
+        Storage::Posix => Some(open_tier(&config, &backends, deadline)?),
+        Storage::Empty => None,
+    };
+    let completions = Arc::new(CompletionQueue::new()?);
+    let engine = Arc::new_cyclic(|itself| Engine {
+        layout,
+        hasher: BlockHasher::new(&config.namespace.logical_fingerprint()),
+        tier,
+        backends,
+        parts: Mutex::new(Parts::new(rules(&config))),
+        pool: CopyPool::new(),
+        clock: Clock::default(),
+        completions,
+        tasks: Mutex::default(),
+        next_task: AtomicU64::new(1),
+        live_units: AtomicU64::new(0),
+        fresh: Fresh::default(),
+        regions: Regions::default(),
+        shared: open_shared(&config),
+        metrics: Metrics::default(),
+        closing: AtomicBool::new(false),
+        closed: Arc::new(AtomicBool::new(false)),
+        drained: Condvar::new(),
+        drain_lock: Mutex::new(()),
+        poison: OnceLock::new(),
+        arena_lost: AtomicBool::new(false),
+        itself: itself.clone(),
+        arena,
+        device,
+        config,
+    });
+    if !engine.config.is_lookup_only() {
+        let owner: Arc<dyn Owner> = Arc::clone(&engine) as Arc<dyn Owner>;
+        engine.pool.start(&*engine.device, engine.config.streams, &owner)?;
+    }
+    Ok(engine)
+}
+
+fn rules(config: &Config) -> Rules {
+    let slots = if config.is_lookup_only() { 0 } else { slot_count(config) };
+    Rules {
+        slots: slots as u32,
+        shards_per_part: config.geometry.shards_per_part(),
+        keep: if config.pipeline.cache { Keep::Cached } else { Keep::Staged },
+        sink: if config.pipeline.storage == Storage::Posix { Sink::Storage } else { Sink::Nothing },
+        queue_max: config.waiting_queue_depth,
+        partial_timeout: config.timeout,
+    }
+}
+
+fn slot_count(config: &Config) -> u64 {
+    (config.cache_bytes / config.geometry.extent_bytes()).min(u64::from(u32::MAX))
+}
+
+fn map_arena(config: &Config, device: &dyn Device) -> Result<Option<Arena>> {
+    if config.is_lookup_only() {
+        return Ok(None);
+    }
+    let (slots, slot_bytes) = (slot_count(config), config.geometry.extent_bytes());
+    if slots < 2 {
+        let text = format!(
+            "cache_buffer_capacity_gb: {:.3} GiB hold {slots} parts of {} bytes; two at least are needed, {:.3} GiB",
+            config.cache_bytes as f64 / (1u64 << 30) as f64,
+            config.geometry.part_bytes,
+            (2 * slot_bytes) as f64 / (1u64 << 30) as f64,
+        );
+        return Err(Error::new(ErrorKind::InvalidConfig, text));
+    }
+    let numa_node = match config.numa {
+        NumaPolicy::Off => None,
+        NumaPolicy::Node(node) => Some(node),
+        NumaPolicy::Auto => device.numa_node().or_else(|| numa::node_of_cpus(&config.cpu_affinity)),
+    };
+    let bytes = (slots * slot_bytes) as usize;
+    let request =
+        ArenaRequest { bytes, numa_node, huge_pages: config.huge_pages, ranks: config.local_ranks };
+    let arena = Arena::open(&request)?;
+    for note in arena.notes() {
+        log::once(Level::Warning, note, format_args!("{note}"));
+    }
+    Ok(Some(arena))
+}
+
+fn open_backends(config: &Config, deadline: Instant) -> Result<Vec<Arc<Backend>>> {
+    let io = BackendConfig {
+        engine: config.io_engine,
+        direct: config.io_direct,
+        threads: config.io_threads,
+        depth: config.io_depth,
+        io_bytes: config.io_bytes,
+        affinity: config.cpu_affinity.clone(),
+        queue_depth: (rules(config).slots as usize).clamp(QUEUE_MIN, QUEUE_MAX),
+    };
+    let opened: Vec<Result<Arc<Backend>>> = std::thread::scope(|scope| {
+        let directories = config.storage_backends.iter();
+        let threads: Vec<_> = directories
+            .map(|directory| scope.spawn(|| Backend::open(directory, &io, deadline)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("opening a backend does not panic"))
+            .collect()
+    });
+    let all = opened.len();
+    let mut backends = Vec::new();
+    let mut failed = Vec::new();
+    for result in opened {
+        match result {
+            Ok(backend) => backends.push(backend),
+            Err(error) => failed.push(error),
+        }
+    }
+    // Of several directories one may be gone: it takes only its own blocks with it. A mistake in the
+    // configuration is said at once.
+    let gone = |error: &Error| {
+        matches!(error.kind(), ErrorKind::Io | ErrorKind::Timeout | ErrorKind::NoSpace)
+    };
+    if let Some(error) = failed.iter().find(|error| !gone(error) || failed.len() == all) {
+        for backend in &backends {
+            let _ = backend.stop(deadline);
+        }
+        return Err(error.clone());
+    }
+    failed
+        .iter()
+        .for_each(|error| log::warning(format_args!("a storage backend is left out: {error}")));
+    Ok(backends)
+}
+
+/// The same pages for the drive and for the device. If one registration is refused the other still works.
+fn register_arena(
+    arena: &Arena,
+    backends: &[Arc<Backend>],
+    device: &dyn Device,
+    need: Facility,
+) -> Result<()> {
+    for backend in backends.iter().filter(|_| need != Facility::Off) {
+        match backend.register_memory(arena.base(), arena.len()) {
+            Err(error) if need == Facility::Required => return Err(error),
+            Err(error) => {
+                let text = format_args!(
+                    "the arena is not registered with io_uring, I/O costs more CPU: {error}"
+                );
+                log::once(Level::Warning, "arena io_uring", text);
+            }
+            Ok(()) => {}
+        }
+    }
+    // SAFETY: the arena stays mapped until close has unpinned it.
+    if let Err(error) = unsafe { device.pin(arena.base(), arena.len()) } {
+        let text =
+            format_args!("the arena is not pinned for the device, copies are slower: {error}");
+        log::once(Level::Warning, "arena pin", text);
+    }
+    Ok(())
+}
+
+fn open_tier(config: &Config, backends: &[Arc<Backend>], deadline: Instant) -> Result<Arc<Tier>> {
+    let geometry = &config.geometry;
+    let (parts, tail) = if config.is_lookup_only() {
+        (0..0, Tail::All)
+    } else {
+        let first = geometry.part_index as u16;
+        let all = geometry.parts_owned == geometry.part_count;
+        (first..first + geometry.parts_owned as u16, if all { Tail::All } else { Tail::Own })
+    };
+    let tier = TierConfig {
+        segment_bytes: config.segment_bytes,
+        durability: config.durability,
+        checksum: config.checksum,
+        lookup_refresh: config.lookup_refresh,
+        timeout: config.timeout,
+        lease: config.lease,
+        capacity_bytes: config.capacity_bytes,
+        gc: config.gc.clone(),
+    };
+    let backends = backends.to_vec();
+    Tier::open(
+        &config.namespace,
+        Scope { parts, tail },
+        backends,
+        tier,
+        deadline.max(Instant::now() + Duration::from_millis(1)),
+    )
+}
+
+fn open_shared(config: &Config) -> Shared {
+    if !config.pipeline.cache {
+        return Shared::None;
+    }
+    if config.is_lookup_only() {
+        return Shared::Readers(SharedReaders::new(&config.namespace));
+    }
+    match SharedTable::create(
+        &config.namespace,
+        config.geometry.part_index,
+        slot_count(config) as u32,
+    ) {
+        Ok(table) => Shared::Writer(Mutex::new(table)),
+        Err(error) => {
+            log::once(
+                Level::Warning,
+                "shared table",
+                format_args!("schedulers of this host do not see DRAM hits: {error}"),
+            );
+            Shared::None
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! What the store tells of itself: numbers for programs, Prometheus text for operators.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::engine::Engine;
+use crate::error::ErrorKind;
+use crate::metrics::{Counter, StatusCounter};
+use crate::task::{Kind, Task};
+
+/// Counters since open, and gauges of now.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Blocks asked of lookup.
+    pub lookups: u64,
+    /// Of those, present.
+    pub lookup_hits: u64,
+    /// Entries of batches loaded.
+    pub loads_ok: u64,
+    /// Entries whose load failed.
+    pub loads_failed: u64,
+    /// Entries saved, or found to be present.
+    pub saves_ok: u64,
+    /// Entries whose save failed.
+    pub saves_failed: u64,
+    /// Bytes brought to callers.
+    pub load_bytes: u64,
+    /// Bytes taken from callers.
+    pub save_bytes: u64,
+    /// Loads answered from DRAM.
+    pub cache_hits: u64,
+    /// Loads that went to storage.
+    pub cache_misses: u64,
+    /// Slots taken from parts that were still good.
+    pub cache_evictions: u64,
+    /// Parts given up before they reached storage.
+    pub save_dropped: u64,
+    /// Reads whose bytes did not match.
+    pub verify_failures: u64,
+    /// Submits refused for want of room.
+    pub busy: u64,
+    /// Entries whose deadline passed.
+    pub timeouts: u64,
+    /// Slots in use.
+    pub slots_used: u64,
+    /// Slots in all.
+    pub slots: u64,
+    /// Parts that wait for a slot.
+    pub queued: u64,
+    /// Units of live tasks.
+    pub running: u64,
+    /// Live tasks.
+    pub tasks: u64,
+    /// Bytes of the arena.
+    pub arena_bytes: u64,
+    /// The storage tier, where there is one.
+    pub tier: Option<crate::posix::TierStats>,
+    /// What each backend runs on, and what it had to do without.
+    pub backends: Vec<crate::io::report::Report>,
+}
+
+/// Every way in which an entry may fail.
+const FAILURES: [ErrorKind; 15] = [
+    ErrorKind::InvalidArgument,
+    ErrorKind::InvalidConfig,
+    ErrorKind::NotFound,
+    ErrorKind::Corrupt,
+    ErrorKind::Io,
+    ErrorKind::NoSpace,
+    ErrorKind::OutOfMemory,
+    ErrorKind::Timeout,
+    ErrorKind::Busy,
+    ErrorKind::Cancelled,
+    ErrorKind::Unsupported,
+    ErrorKind::Device,
+    ErrorKind::Permission,
+    ErrorKind::Closed,
+    ErrorKind::Internal,
+];
+
+impl Engine {
+    pub(super) fn count_lookup(&self, begun: Instant, asked: u64, hits: u64) {
+        self.metrics.lookup_blocks.add(asked);
+        self.metrics.lookup_hits.add(hits);
+        self.metrics.lookup_seconds.observe(begun.elapsed());
+    }
+
+    /// A task's end.
+    pub(super) fn count_task(&self, task: &Task) {
+        let metrics = &self.metrics;
+        let (entries, bytes) = match task.kind() {
+            Kind::Save => (&metrics.save_entries, &metrics.save_bytes),
+            Kind::Load => (&metrics.load_entries, &metrics.load_bytes),
+        };
+        for status in task.statuses().unwrap_or_default() {
+            let failure = status.err().map(|error| error.kind());
+            entries.add(failure, 1);
+            if failure.is_none() {
+                bytes.add(self.config.geometry.shard_bytes);
+            }
+        }
+        let (copied, settled) = task.times();
+        let (copied, settled) = (copied.unwrap_or_default(), settled.unwrap_or_default());
+        match task.kind() {
+            Kind::Save => {
+                metrics.save_copied_seconds.observe(copied);
+                metrics.save_persisted_seconds.observe(settled);
+            }
+            Kind::Load => metrics.load_seconds.observe(settled),
+        }
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        self.update_metrics();
+        let metrics = &self.metrics;
+        let failed =
+            |counter: &StatusCounter| FAILURES.iter().map(|kind| counter.get(Some(*kind))).sum();
+        Stats {
+            lookups: metrics.lookup_blocks.get(),
+            lookup_hits: metrics.lookup_hits.get(),
+            loads_ok: metrics.load_entries.get(None),
+            loads_failed: failed(&metrics.load_entries),
+            saves_ok: metrics.save_entries.get(None),
+            saves_failed: failed(&metrics.save_entries),
+            load_bytes: metrics.load_bytes.get(),
+            save_bytes: metrics.save_bytes.get(),
+            cache_hits: metrics.cache_hits.get(),
+            cache_misses: metrics.cache_misses.get(),
+            cache_evictions: metrics.cache_evictions.get(),
+            save_dropped: metrics.save_dropped.get(),
+            verify_failures: metrics.verify_failures.get(),
+            busy: metrics.busy.get(),
+            timeouts: metrics.load_entries.get(Some(ErrorKind::Timeout))
+                + metrics.save_entries.get(Some(ErrorKind::Timeout)),
+            slots_used: metrics.slots.get() - metrics.slots_free.get(),
+            slots: metrics.slots.get(),
+            queued: self.parts.lock().queued() as u64,
+            running: self.live_units.load(Ordering::Relaxed),
+            tasks: metrics.tasks.get(),
+            arena_bytes: metrics.arena_bytes.get(),
+            tier: self.tier.as_ref().map(|tier| tier.stats()),
+            backends: self.backends.iter().map(|backend| backend.report()).collect(),
+        }
+    }
+
+    pub(super) fn metrics_text(&self) -> String {
+        self.update_metrics();
+        self.metrics.render(&[])
+    }
+
+    /// Brings in what other rooms count, and the gauges.
+    fn update_metrics(&self) {
+        let metrics = &self.metrics;
+        let (counts, (used, all), busy, partial) = {
+            let parts = self.parts.lock();
+            (parts.counts, parts.slots(), parts.busy_slots(), parts.partial())
+        };
+        // The table counts under its own lock; here only the difference to what is known is added.
+        let raise =
+            |counter: &Counter, total: u64| counter.add(total.saturating_sub(counter.get()));
+        raise(&metrics.cache_hits, counts.hits);
+        raise(&metrics.cache_misses, counts.misses);
+        raise(&metrics.cache_evictions, counts.evictions);
+        raise(&metrics.load_shared, counts.shared);
+        raise(&metrics.save_skipped, counts.skipped);
+        raise(&metrics.save_dropped, counts.dropped);
+        metrics.slots.set(u64::from(all));
+        metrics.slots_free.set(u64::from(all - used));
+        metrics.slots_busy.set(u64::from(busy));
+        metrics.parts_partial.set(u64::from(partial));
+        metrics.arena_bytes.set(self.arena.as_ref().map_or(0, |arena| arena.len() as u64));
+        metrics.tasks.set(self.tasks.lock().len() as u64);
+        metrics.storage_capacity_bytes.set(self.config.capacity_bytes.unwrap_or(0));
+        metrics.backends.set(self.backends.len() as u64);
+    }
+}

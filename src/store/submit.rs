@@ -1,0 +1,313 @@
+//! Submit: a batch becomes a task, its units go to the part table, and what nobody knows is looked for once.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::engine::Engine;
+use crate::block::{BlockId, PartKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::parts::{Accepted, Action, Unit};
+use crate::task::{Address, Kind, Notify, Plan, Task, UnitSpec};
+
+/// Entries of one batch at most.
+pub const ENTRIES_MAX: usize = 1 << 20;
+
+/// What to transfer. The slices are copied before submit returns.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// One id an entry.
+    pub blocks: &'a [BlockId],
+    /// One shard index an entry, inside the parts this store owns; `None`: all 0.
+    pub shards: Option<&'a [u32]>,
+    /// Entries times tensor slices of a shard, row by row: base addresses in caller memory.
+    pub addresses: &'a [*mut c_void],
+    /// A device event that the copies wait for, or null.
+    pub wait_event: *mut c_void,
+    /// Which stages go to the completion queue.
+    pub notify: Notify,
+    /// Given back by reap.
+    pub user_data: u64,
+    /// Given back by reap; the caller of the engine's own name for the task.
+    pub tag: u64,
+    /// This task's deadline in milliseconds; 0: the store's `timeout_ms`; below 0: none.
+    pub timeout_ms: i64,
+}
+
+impl Engine {
+    /// # Safety
+    /// See [`super::Store::save`] and [`super::Store::load`].
+    pub(super) unsafe fn submit(&self, kind: Kind, batch: &Batch<'_>) -> Result<Arc<Task>> {
+        self.check_open()?;
+        if let Some(error) = self.poison.get() {
+            return Err(error.clone());
+        }
+        self.check_batch(batch)?;
+        let units = self.units(batch);
+        self.admit(units.len())?;
+        let event = if batch.wait_event.is_null() {
+            None
+        } else {
+            // SAFETY: the caller vouches for the event.
+            Some(unsafe { self.device.capture_event(batch.wait_event) }?)
+        };
+        let task = self.make_task(kind, batch, units, event);
+        match kind {
+            Kind::Save => self.save_units(&task),
+            Kind::Load => self.load_units(&task),
+        }
+        Ok(task)
+    }
+
+    fn check_batch(&self, batch: &Batch<'_>) -> Result<()> {
+        let bad = |text: String| Err(Error::new(ErrorKind::InvalidArgument, text));
+        if self.config.is_lookup_only() {
+            let text =
+                "this store is lookup only (device_id: -1); open one with a device to save or load";
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        let count = batch.blocks.len();
+        if count == 0 || count > ENTRIES_MAX {
+            return bad(format!("count: {count} entries; allowed are 1 to {ENTRIES_MAX}"));
+        }
+        if let Some(shards) = batch.shards {
+            let limit = self.config.geometry.shard_count();
+            if shards.len() != count {
+                return bad(format!("shards: {} indexes for {count} blocks", shards.len()));
+            }
+            if let Some((entry, shard)) =
+                shards.iter().enumerate().find(|(_, shard)| **shard >= limit)
+            {
+                return bad(format!(
+                    "shards[{entry}]: {shard} is not below {limit} (block_size / shard_size)"
+                ));
+            }
+        }
+        let slices = self.layout.slices_per_shard();
+        if batch.addresses.len() != count * slices {
+            let addresses = batch.addresses.len();
+            return bad(format!(
+                "addresses: {addresses} for {count} entries of {slices} tensor slices"
+            ));
+        }
+        if let Some(index) = batch.addresses.iter().position(|address| address.is_null()) {
+            return bad(format!(
+                "addresses[{index}]: null (entry {}, slice {})",
+                index / slices,
+                index % slices
+            ));
+        }
+        Ok(())
+    }
+
+    fn units(&self, batch: &Batch<'_>) -> Vec<UnitSpec> {
+        let pieces = self.layout.pieces().len();
+        let entry = |(index, block): (usize, &BlockId)| {
+            let (block, shard) = (*block, batch.shards.map_or(0, |shards| shards[index]));
+            (0..pieces).map(move |piece| self.layout.unit(block, shard, piece))
+        };
+        batch.blocks.iter().enumerate().flat_map(entry).collect()
+    }
+
+    /// Every queue has a limit.
+    fn admit(&self, units: usize) -> Result<()> {
+        let busy = |text: String| {
+            self.metrics.busy.add(1);
+            Err(Error::new(ErrorKind::Busy, text))
+        };
+        let live = self.live_units.load(Ordering::Relaxed) as usize;
+        let limit = self.config.running_queue_depth;
+        if live > 0 && live + units > limit {
+            return busy(format!(
+                "running_queue_depth: {live} transfers are under way, {limit} are allowed"
+            ));
+        }
+        let parts = self.parts.lock();
+        if !parts.has_room() {
+            let (used, all) = parts.slots();
+            return busy(format!(
+                "waiting_queue_depth: {} parts wait for one of {all} slots ({used} in use); raise cache_buffer_capacity_gb",
+                parts.queued()
+            ));
+        }
+        Ok(())
+    }
+
+    fn make_task(
+        &self,
+        kind: Kind,
+        batch: &Batch<'_>,
+        units: Vec<UnitSpec>,
+        event: Option<crate::device::CapturedEvent>,
+    ) -> Arc<Task> {
+        let timeout = match batch.timeout_ms {
+            0 => Some(self.config.timeout),
+            limit => u64::try_from(limit).ok().map(Duration::from_millis),
+        };
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let count = units.len() as u64;
+        let plan = Plan {
+            kind,
+            units,
+            layout: Arc::clone(&self.layout),
+            addresses: batch
+                .addresses
+                .iter()
+                .map(|address| Address(address.expose_provenance()))
+                .collect(),
+            event,
+            deadline,
+            notify: batch.notify,
+            user_data: batch.user_data,
+            tag: batch.tag,
+        };
+        let number = self.next_task.fetch_add(1, Ordering::Relaxed);
+        let engine = self.itself.clone();
+        let retire = Box::new(move |number| {
+            if let Some(engine) = engine.upgrade() {
+                engine.retire(number);
+            }
+        });
+        let task = Task::new(
+            number,
+            plan,
+            Arc::clone(&self.completions),
+            Arc::clone(&self.closed),
+            retire,
+        );
+        self.live_units.fetch_add(count, Ordering::Relaxed);
+        self.tasks.lock().insert(number, Arc::clone(&task));
+        if let Some(deadline) = deadline {
+            let (engine, late) = (self.itself.clone(), Arc::downgrade(&task));
+            self.clock.at(deadline, move || {
+                if let (Some(engine), Some(task)) = (engine.upgrade(), late.upgrade()) {
+                    engine.expire(&task);
+                }
+            });
+        }
+        task
+    }
+
+    fn expire(&self, task: &Task) {
+        if task.statuses().is_some() {
+            return;
+        }
+        let text = "the task's deadline passed; raise timeout_ms, or see `ucm doctor` for what makes the storage slow";
+        task.fail(&Error::new(ErrorKind::Timeout, text));
+        // Those who waited behind it for a slot.
+        self.event(|parts, actions| parts.pump(actions));
+    }
+
+    fn retire(&self, number: u64) {
+        let task = self.tasks.lock().remove(&number);
+        if let Some(task) = task {
+            self.live_units.fetch_sub(task.unit_count() as u64, Ordering::Relaxed);
+            self.count_task(&task);
+        }
+        if self.closing.load(Ordering::Acquire) {
+            let _guard = self.drain_lock.lock();
+            self.drained.notify_all();
+        }
+    }
+
+    fn save_units(&self, task: &Arc<Task>) {
+        let found = self.find_all(task);
+        let direct = self.goes_direct(task);
+        self.event(|parts, actions| {
+            for (index, found) in found.into_iter().enumerate() {
+                let unit = Unit { task: Arc::clone(task), index: index as u32 };
+                let key = task.unit(unit.index).key;
+                match Some(())
+                    .filter(|()| direct && found.is_none())
+                    .and_then(|()| parts.begin_direct(key))
+                {
+                    Some(part) => actions.push(Action::DirectSave { part, unit, key }),
+                    None => parts.save(unit, key, found, actions),
+                }
+            }
+        });
+    }
+
+    fn load_units(&self, task: &Arc<Task>) {
+        let found = self.find_all(task);
+        let direct = self.goes_direct(task);
+        let unknown = self.event(|parts, actions| {
+            let mut unknown = Vec::new();
+            for (index, found) in found.into_iter().enumerate() {
+                let unit = Unit { task: Arc::clone(task), index: index as u32 };
+                let key = task.unit(unit.index).key;
+                match found.filter(|_| direct && !parts.knows(&key)) {
+                    Some(found) => actions.push(Action::DirectLoad { unit, key, found }),
+                    None if parts.load(unit.clone(), key, found, actions) == Accepted::Unknown => {
+                        unknown.push(unit)
+                    }
+                    None => {}
+                }
+            }
+            unknown
+        });
+        self.look_again(unknown);
+    }
+
+    fn find_all(&self, task: &Task) -> Vec<Option<crate::posix::Found>> {
+        let find = |unit| self.tier.as_ref().and_then(|tier| tier.find(&task.unit(unit).key));
+        (0..task.unit_count() as u32).map(find).collect()
+    }
+
+    /// Loads of parts that nobody knows: another process may have published them since the last
+    /// refresh, so there is one refresh before they are said not to be there.
+    fn look_again(&self, units: Vec<Unit>) {
+        if units.is_empty() {
+            return;
+        }
+        let Some(tier) = &self.tier else { return self.settle_unknown(units) };
+        let engine = self.this();
+        tier.refresh(Box::new(move |_refreshed| {
+            let found: Vec<_> = units
+                .iter()
+                .map(|unit| engine.tier().find(&unit.task.unit(unit.index).key))
+                .collect();
+            let unknown = engine.event(|parts, actions| {
+                let pairs = units.into_iter().zip(found);
+                let mut unknown = Vec::new();
+                for (unit, found) in pairs {
+                    let key = unit.task.unit(unit.index).key;
+                    if parts.load(unit.clone(), key, found, actions) == Accepted::Unknown {
+                        unknown.push(unit);
+                    }
+                }
+                unknown
+            });
+            engine.settle_unknown(unknown);
+        }));
+    }
+
+    fn settle_unknown(&self, units: Vec<Unit>) {
+        for unit in units {
+            let PartKey { block, part } = unit.task.unit(unit.index).key;
+            let text =
+                format!("block {block} part {part} is not stored; look it up before loading");
+            unit.task.settle(unit.index, Err(Error::new(ErrorKind::NotFound, text)));
+        }
+    }
+
+    pub(super) fn prefetch(&self, blocks: &[BlockId]) {
+        self.metrics.prefetch_blocks.add(blocks.len() as u64);
+        let Some(tier) = self.tier.as_ref().filter(|_| !self.config.is_lookup_only()) else {
+            return;
+        };
+        let geometry = &self.config.geometry;
+        let parts = geometry.part_index..geometry.part_index + geometry.parts_owned;
+        let keys = blocks.iter().flat_map(|block| {
+            parts.clone().map(|part| PartKey { block: *block, part: part as u16 })
+        });
+        let known: Vec<_> =
+            keys.filter_map(|key| tier.find(&key).map(|found| (key, found))).collect();
+        self.event(|parts, actions| {
+            for (key, found) in known {
+                parts.prefetch(key, found, actions);
+            }
+        });
+    }
+}

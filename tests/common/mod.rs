@@ -1,0 +1,180 @@
+//! What the store's tests share: paged caller memory with a pattern, and stores opened from options.
+
+#![allow(dead_code, missing_docs)]
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ucm::block::BlockId;
+use ucm::config::Options;
+use ucm::error::{ErrorKind, Result};
+use ucm::store::{Batch, Store};
+use ucm::task::{Notify, Progress, Stage, Task};
+
+pub const WAIT: Option<Duration> = Some(Duration::from_secs(30));
+
+/// Options from pairs.
+pub fn options(pairs: &[(&str, &str)]) -> Options {
+    let mut options = Options::new();
+    for (key, value) in pairs {
+        options.set(key, value).unwrap_or_else(|error| panic!("{key}={value}: {error}"));
+    }
+    options
+}
+
+/// A store from pairs.
+pub fn open(pairs: &[(&str, &str)]) -> Arc<Store> {
+    Store::open(options(pairs).build().unwrap()).unwrap()
+}
+
+/// The id of block `number`.
+pub fn id(number: u64) -> BlockId {
+    let mut bytes = [0x5A; 16];
+    bytes[..8].copy_from_slice(&number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
+    bytes[8..].copy_from_slice(&number.to_le_bytes());
+    BlockId(bytes)
+}
+
+/// What byte `at` of block `number` must be: every position of every block differs from its neighbours.
+pub fn expected(number: u64, at: usize) -> u8 {
+    let word = (number << 32 ^ (at as u64 / 8)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    (word >> (at % 8 * 8)) as u8
+}
+
+/// Caller memory: whole blocks, page aligned.
+pub struct Pages {
+    pub memory: Vec<u8>,
+    start: usize,
+    pub block: usize,
+}
+
+impl Pages {
+    pub fn new(blocks: usize, block: usize) -> Self {
+        let memory = vec![0xEE; blocks * block + 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        Self { memory, start, block }
+    }
+
+    pub fn base(&mut self) -> *mut u8 {
+        self.memory[self.start..].as_mut_ptr()
+    }
+
+    pub fn length(&self) -> usize {
+        self.memory.len() - 4096
+    }
+
+    pub fn page(&mut self, index: usize) -> &mut [u8] {
+        let from = self.start + index * self.block;
+        &mut self.memory[from..from + self.block]
+    }
+
+    pub fn address(&mut self, index: usize, offset: usize) -> *mut c_void {
+        self.page(index)[offset..].as_mut_ptr().cast()
+    }
+
+    /// Fills page `index` with the bytes `from..` of block `number`.
+    pub fn fill(&mut self, index: usize, number: u64, from: usize) {
+        for (at, byte) in self.page(index).iter_mut().enumerate() {
+            *byte = expected(number, from + at);
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.memory.fill(0xEE);
+    }
+
+    /// The first position of page `index` that is not block `number`'s from byte `from`.
+    pub fn wrong(&mut self, index: usize, number: u64, from: usize) -> Option<usize> {
+        self.page(index)
+            .iter()
+            .enumerate()
+            .position(|(at, byte)| *byte != expected(number, from + at))
+    }
+}
+
+pub fn batch<'a>(
+    blocks: &'a [BlockId],
+    shards: Option<&'a [u32]>,
+    addresses: &'a [*mut c_void],
+) -> Batch<'a> {
+    Batch {
+        blocks,
+        shards,
+        addresses,
+        wait_event: std::ptr::null_mut(),
+        notify: Notify::default(),
+        user_data: 0,
+        tag: 0,
+        timeout_ms: 0,
+    }
+}
+
+pub fn save(
+    store: &Store,
+    blocks: &[BlockId],
+    shards: Option<&[u32]>,
+    addresses: &[*mut c_void],
+) -> Result<Arc<Task>> {
+    // SAFETY: the tests keep their memory until the task is released.
+    unsafe { store.save(&batch(blocks, shards, addresses)) }
+}
+
+pub fn load(
+    store: &Store,
+    blocks: &[BlockId],
+    shards: Option<&[u32]>,
+    addresses: &[*mut c_void],
+) -> Result<Arc<Task>> {
+    // SAFETY: as above.
+    unsafe { store.load(&batch(blocks, shards, addresses)) }
+}
+
+/// Waits until the stage is reached and checks that it was reached well.
+pub fn done(task: &Task, stage: Stage) {
+    match task.wait(stage, WAIT) {
+        Progress::Done => {}
+        other => panic!("{stage:?}: {other:?}"),
+    }
+}
+
+/// Waits until the stage is reached or failed, and returns the kind of the failure.
+pub fn failure(task: &Task, stage: Stage) -> ErrorKind {
+    match task.wait(stage, WAIT) {
+        Progress::Failed(error) => error.kind(),
+        other => panic!("{stage:?}: {other:?}"),
+    }
+}
+
+/// Saves whole blocks one after another from a fresh memory, and waits for PERSISTED.
+pub fn save_blocks(store: &Store, numbers: &[u64], block: usize) {
+    let mut pages = Pages::new(numbers.len(), block);
+    let ids: Vec<_> = numbers.iter().map(|number| id(*number)).collect();
+    let addresses: Vec<_> = (0..numbers.len()).map(|index| pages.address(index, 0)).collect();
+    for (index, number) in numbers.iter().enumerate() {
+        pages.fill(index, *number, 0);
+    }
+    let task = save(store, &ids, None, &addresses).unwrap();
+    done(&task, Stage::Persisted);
+    done(&task, Stage::Released);
+}
+
+/// Loads whole blocks and checks every byte; returns the failures by number.
+pub fn load_blocks(store: &Store, numbers: &[u64], block: usize) -> Vec<(u64, ErrorKind)> {
+    let mut pages = Pages::new(numbers.len(), block);
+    let ids: Vec<_> = numbers.iter().map(|number| id(*number)).collect();
+    let addresses: Vec<_> = (0..numbers.len()).map(|index| pages.address(index, 0)).collect();
+    let task = load(store, &ids, None, &addresses).unwrap();
+    let _ = task.wait(Stage::Loaded, WAIT);
+    done(&task, Stage::Released);
+    let mut failed = Vec::new();
+    for (index, status) in task.statuses().unwrap().into_iter().enumerate() {
+        match status {
+            Ok(()) => {
+                assert_eq!(pages.wrong(index, numbers[index], 0), None, "block {}", numbers[index])
+            }
+            Err(error) => failed.push((numbers[index], error.kind())),
+        }
+    }
+    failed
+}
