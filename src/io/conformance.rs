@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use super::sim::{Call, Effect, Fault, Occasion, SimConfig, SimDisk};
 use super::*;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 
 /// Page-aligned memory for tests.
 pub(super) struct Memory {
@@ -63,21 +64,63 @@ impl Drop for Memory {
 /// A backend to test, and what keeps its directory.
 pub(super) struct Bench {
     pub(super) backend: Arc<Backend>,
-    _directory: Option<tempfile::TempDir>,
+    directory: Directory,
 }
 
-pub(super) const ENGINES: [IoEngine; 2] = [IoEngine::IoUring, IoEngine::Psync];
+enum Directory {
+    Real { _kept: tempfile::TempDir },
+    Sim(Arc<SimDisk>),
+}
 
-pub(super) fn open(engine: IoEngine, change: impl FnOnce(&mut BackendConfig)) -> Bench {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Uring,
+    Psync,
+    Sim,
+}
+
+pub(super) const KINDS: [Kind; 3] = [Kind::Uring, Kind::Psync, Kind::Sim];
+
+/// Longer than anything takes, on a loaded machine too.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) fn open(kind: Kind, change: impl FnOnce(&mut BackendConfig)) -> Bench {
+    let engine = match kind {
+        Kind::Uring => IoEngine::IoUring,
+        Kind::Psync => IoEngine::Psync,
+        Kind::Sim => {
+            let delay_max = Duration::from_micros(300);
+            let disk = SimConfig { seed: 11, delay_max, short: Some(3), ..SimConfig::default() };
+            return open_sim(disk, change);
+        }
+    };
     let directory = tempfile::tempdir().unwrap();
     let mut config = BackendConfig { engine, ..BackendConfig::default() };
     change(&mut config);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let backend = Backend::open(directory.path(), &config, deadline).unwrap();
-    Bench { backend, _directory: Some(directory) }
+    let backend = Backend::open(directory.path(), &config, Instant::now() + PATIENCE).unwrap();
+    Bench { backend, directory: Directory::Real { _kept: directory } }
+}
+
+pub(super) fn open_sim(disk: SimConfig, change: impl FnOnce(&mut BackendConfig)) -> Bench {
+    let mut config = BackendConfig::default();
+    change(&mut config);
+    let disk = SimDisk::new(disk);
+    let backend = disk.backend(Path::new("/store"), &config);
+    Bench { backend, directory: Directory::Sim(disk) }
+}
+
+fn slow(call: Call, delay: Duration) -> Fault {
+    Fault { call, occasion: Occasion::Always, effect: Effect::Delay(delay) }
 }
 
 impl Bench {
+    pub(super) fn disk(&self) -> &SimDisk {
+        match &self.directory {
+            Directory::Sim(disk) => disk,
+            Directory::Real { .. } => panic!("not a simulated disk"),
+        }
+    }
+
     pub(super) fn create(&self, name: &str) -> File {
         let how = OpenHow {
             access: Access::ReadWrite,
@@ -117,14 +160,14 @@ impl Bench {
     ) -> Result<()> {
         let (request, end) = self.request(operation, file, offset, memory);
         self.backend.submit(request);
-        end.recv_timeout(Duration::from_secs(20)).expect("done is called")
+        end.recv_timeout(PATIENCE).expect("done is called")
     }
 }
 
 /// Goal: bytes written through an engine come back, whole, in pieces, coalesced and split.
 #[test]
 fn bytes_come_back() {
-    for engine in ENGINES {
+    for engine in KINDS {
         let bench = open(engine, |config| config.io_bytes = 256 << 10);
         let file = bench.create("segment");
         let mut memory = Memory::new(4 << 20);
@@ -142,7 +185,7 @@ fn bytes_come_back() {
         }
         bench.backend.submit_all(requests);
         for end in ends {
-            end.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+            end.recv_timeout(PATIENCE).unwrap().unwrap();
         }
         assert_eq!(memory.bytes(), expected, "{engine:?}");
         let counters = bench.backend.report().counters;
@@ -157,7 +200,7 @@ fn bytes_come_back() {
 /// coalesced with, and that lie before the end, are served.
 #[test]
 fn a_truncated_file_fails_only_what_it_lacks() {
-    for engine in ENGINES {
+    for engine in KINDS {
         let bench = open(engine, |_| ());
         let file = bench.create("segment");
         let mut memory = Memory::new(64 << 10);
@@ -174,10 +217,8 @@ fn a_truncated_file_fails_only_what_it_lacks() {
             })
             .unzip();
         bench.backend.submit_all(requests);
-        let results: Vec<_> = ends
-            .iter()
-            .map(|end| end.recv_timeout(Duration::from_secs(20)).expect("done is called"))
-            .collect();
+        let results: Vec<_> =
+            ends.iter().map(|end| end.recv_timeout(PATIENCE).expect("done is called")).collect();
         assert!(results[0].is_ok() && results[1].is_ok(), "{engine:?}: {results:?}");
         for result in &results[2..] {
             let error = result.as_ref().unwrap_err();
@@ -191,7 +232,7 @@ fn a_truncated_file_fails_only_what_it_lacks() {
 /// Goal: stop ends all, calls every done once, and refuses what comes later.
 #[test]
 fn stop_drains() {
-    for engine in ENGINES {
+    for engine in KINDS {
         let bench = open(engine, |_| ());
         let file = bench.create("segment");
         let memory = Memory::new(1 << 20);
@@ -199,7 +240,7 @@ fn stop_drains() {
             .map(|index| bench.request(Operation::Write, &file, index << 21, memory.all()))
             .unzip();
         bench.backend.submit_all(requests);
-        let drained = bench.backend.stop(Instant::now() + Duration::from_secs(20));
+        let drained = bench.backend.stop(Instant::now() + PATIENCE);
         assert_eq!(drained, Drained::Yes);
         for end in ends {
             match end.try_recv().expect("done was called before stop returned") {
@@ -209,5 +250,350 @@ fn stop_drains() {
         }
         let late = bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap_err();
         assert_eq!(late.kind(), ErrorKind::Closed);
+    }
+}
+
+/// Goal: an operation owns its file and its memory until its end, however long after the deadline of the
+/// stop that comes. Sim asserts that the file is open then; the memory is freed by `done`.
+#[test]
+fn an_operation_owns_file_and_memory_until_its_end() {
+    let bench = open_sim(SimConfig::default(), |_| ());
+    bench.disk().inject(slow(Call::Write, Duration::from_millis(300)));
+    let file = bench.create("segment");
+    let mut memory = Memory::new(64 << 10);
+    memory.fill(5);
+    let expected = memory.bytes().to_vec();
+    let slice = memory.all();
+    let (sender, receiver) = channel();
+    let done: Done = Box::new(move |result| {
+        drop(memory); // The slot that the request owned.
+        let _ = sender.send(result);
+    });
+    let (offset, class, expires) = (0, Class::Save, None);
+    let operation = Operation::Write;
+    bench.backend.submit(Request { operation, file, offset, memory: slice, class, expires, done });
+    while bench.disk().calls(Call::Write) == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.backend.stop(Instant::now() + Duration::from_millis(20)), Drained::Leaked);
+    assert!(receiver.try_recv().is_err(), "done is not called before the operation has ended");
+    receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+    assert_eq!(bench.disk().peek(Path::new("/store/segment")).unwrap(), expected);
+    assert_eq!(bench.backend.stop(Instant::now() + PATIENCE), Drained::Yes);
+    assert_eq!(bench.disk().usage().1, 0, "the file is closed");
+}
+
+/// Goal: of a batch that is larger than the queue, what finds no room ends with Busy through the same
+/// `done`, on the caller's thread, and the rest is served.
+#[test]
+fn a_batch_too_large_ends_with_busy_on_the_same_path() {
+    let bench = open_sim(SimConfig::default(), |config| {
+        config.queue_depth = 8;
+        config.depth = 1;
+    });
+    bench.disk().inject(slow(Call::Write, Duration::from_millis(20)));
+    let file = bench.create("segment");
+    let memory = Memory::new(4096);
+    let (requests, ends): (Vec<_>, Vec<_>) = (0..40)
+        .map(|index| bench.request(Operation::Write, &file, index * 8192, memory.all()))
+        .unzip();
+    bench.backend.submit_all(requests);
+    let busy_at_once = ends.iter().filter(|end| matches!(end.try_recv(), Ok(Err(_)))).count();
+    assert!(busy_at_once >= 40 - 8 - 2, "{busy_at_once} were refused by the time submit returned");
+    let mut served = 0;
+    let mut refused = busy_at_once;
+    for end in ends {
+        match end.recv_timeout(PATIENCE) {
+            Ok(Ok(())) => served += 1,
+            Ok(Err(error)) => {
+                assert_eq!(error.kind(), ErrorKind::Busy);
+                refused += 1;
+            }
+            Err(_) => {} // Taken above.
+        }
+    }
+    assert_eq!(served + refused, 40);
+    assert!(served >= 8);
+}
+
+/// Goal: a request whose deadline passes while it waits ends with Timeout, though nothing moves.
+#[test]
+fn a_stuck_engine_does_not_stop_deadlines() {
+    let bench = open_sim(SimConfig::default(), |config| config.depth = 2);
+    let stuck = Duration::from_millis(700);
+    bench.disk().inject(slow(Call::Write, stuck));
+    let file = bench.create("segment");
+    let memory = Memory::new(4096);
+    let started = Instant::now();
+    let stuck_ends: Vec<_> = (0..2)
+        .map(|index| {
+            let (request, end) = bench.request(Operation::Write, &file, index * 8192, memory.all());
+            bench.backend.submit(request);
+            end
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(30));
+    let (mut request, end) = bench.request(Operation::Read, &file, 0, memory.all());
+    request.expires = Some(Instant::now() + Duration::from_millis(50));
+    bench.backend.submit(request);
+    let error = end.recv_timeout(PATIENCE).unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    assert!(started.elapsed() < stuck, "it did not wait for the stuck ones");
+    for end in stuck_ends {
+        end.recv_timeout(PATIENCE).unwrap().unwrap();
+    }
+}
+
+/// Goal: a bad sector fails the request that covers it, not those that were coalesced with it.
+#[test]
+fn a_bad_sector_fails_one_request_of_a_coalesced_operation() {
+    let bench = open_sim(SimConfig::default(), |_| ());
+    let file = bench.create("segment");
+    let mut memory = Memory::new(64 << 10);
+    memory.fill(9);
+    bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap();
+    bench.disk().inject(Fault {
+        call: Call::Read,
+        occasion: Occasion::Bytes("segment".into(), 20_000..20_001),
+        effect: Effect::Errno(libc::EIO),
+    });
+    let (requests, ends): (Vec<_>, Vec<_>) = (0..4)
+        .map(|index| {
+            let start = index * (16 << 10);
+            let piece = memory.slice(start..start + (16 << 10));
+            bench.request(Operation::Read, &file, start as u64, piece)
+        })
+        .unzip();
+    bench.backend.submit_all(requests);
+    let results: Vec<_> = ends.iter().map(|end| end.recv_timeout(PATIENCE).unwrap()).collect();
+    assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true, true]);
+    assert_eq!(results[1].as_ref().unwrap_err().errno(), Some(libc::EIO));
+    assert!(bench.backend.report().counters.coalesced > 0);
+}
+
+/// Goal: EAGAIN and EINTR from an operation are tried again, not reported; ENOSPC is reported.
+#[test]
+fn passing_refusals_are_tried_again() {
+    let bench = open_sim(SimConfig::default(), |_| ());
+    let file = bench.create("segment");
+    let memory = Memory::new(4096);
+    for (nth, errno) in [(1, libc::EAGAIN), (2, libc::EINTR), (3, libc::EBUSY), (5, libc::ENOSPC)] {
+        let occasion = Occasion::Nth(nth);
+        let effect = Effect::Errno(errno);
+        bench.disk().inject(Fault { call: Call::Write, occasion, effect });
+    }
+    bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap();
+    let error = bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert_eq!(bench.backend.report().counters.retried, 3);
+}
+
+/// Goal: a `done` that panics ends every outstanding request with an error and shuts the backend.
+#[test]
+fn a_panic_on_a_reactor_fails_all_and_latches() {
+    for engine in KINDS {
+        let bench = open(engine, |config| config.depth = 4);
+        let file = bench.create("segment");
+        let memory = Memory::new(64 << 10);
+        let (mut requests, ends): (Vec<_>, Vec<_>) = (0..64)
+            .map(|index| bench.request(Operation::Write, &file, index << 20, memory.all()))
+            .unzip();
+        requests[3].done = Box::new(|_| panic!("on purpose"));
+        bench.backend.submit_all(requests);
+        let mut failed = 0;
+        for (index, end) in ends.iter().enumerate() {
+            match end.recv_timeout(PATIENCE) {
+                Ok(result) => failed += usize::from(result.is_err()),
+                Err(_) => assert_eq!(index, 3, "{engine:?}: every done is called"),
+            }
+        }
+        assert!(failed > 0, "{engine:?}");
+        let late = bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap_err();
+        assert_eq!(late.kind(), ErrorKind::Internal, "{engine:?}: {late}");
+        assert!(bench.backend.report().broken.is_some());
+        assert_eq!(bench.backend.stop(Instant::now() + PATIENCE), Drained::Yes);
+    }
+}
+
+/// Goal: loads overtake saves that wait, and neither saves nor background starve under loads.
+#[test]
+fn loads_go_first_and_saves_do_not_starve() {
+    let delay_max = Duration::from_micros(100);
+    let disk = SimConfig { delay_max, ..SimConfig::default() };
+    let bench = open_sim(disk, |config| {
+        config.depth = 1;
+        config.io_bytes = 4096;
+    });
+    let file = bench.create("segment");
+    let memory = Memory::new(4096);
+    bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap();
+    bench.disk().inject(slow(Call::Write, Duration::from_millis(100)));
+    let (blocker, blocked) = bench.request(Operation::Write, &file, 8192, memory.all());
+    bench.backend.submit(blocker);
+    while bench.disk().calls(Call::Write) < 2 {
+        std::thread::yield_now();
+    }
+    bench.disk().heal();
+    let (sender, order) = channel();
+    let mut requests = Vec::new();
+    for class in [Class::Background, Class::Save, Class::Load] {
+        for _ in 0..100 {
+            let sender = sender.clone();
+            let (mut request, _) = bench.request(Operation::Read, &file, 0, memory.all());
+            request.class = class;
+            request.done = Box::new(move |_| _ = sender.send(class));
+            requests.push(request);
+        }
+    }
+    drop(sender);
+    bench.backend.submit_all(requests);
+    blocked.recv_timeout(PATIENCE).unwrap().unwrap();
+    let order: Vec<Class> = order.iter().collect();
+    assert_eq!(order.len(), 300);
+    let among_first = |class| order[..100].iter().filter(|other| **other == class).count();
+    assert!(among_first(Class::Load) >= 75, "{}", among_first(Class::Load));
+    assert!((5..=15).contains(&among_first(Class::Save)), "{}", among_first(Class::Save));
+    assert!((2..=10).contains(&among_first(Class::Background)));
+}
+
+/// Goal: memory that was registered carries the same bytes, through fixed buffers; it cannot be taken
+/// back while a transfer uses it, and can afterwards.
+#[test]
+fn registered_memory_works_and_is_given_back() {
+    for engine in KINDS {
+        let bench = open(engine, |_| ());
+        let mut memory = Memory::new(2 << 20);
+        memory.fill(13);
+        let expected = memory.bytes().to_vec();
+        let base = memory.all().pointer;
+        bench.backend.register_memory(base, 2 << 20).unwrap();
+        let report = bench.backend.report();
+        assert!(report.fallbacks.is_empty(), "{:?}", report.fallbacks);
+        if engine == Kind::Uring {
+            assert_eq!(report.registered_bytes, 2 << 20);
+        }
+        let file = bench.create("segment");
+        bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap();
+        memory.bytes().fill(0);
+        bench.transfer(Operation::Read, &file, 0, memory.all()).unwrap();
+        assert_eq!(memory.bytes(), expected);
+        if let Directory::Sim(disk) = &bench.directory {
+            disk.inject(slow(Call::Read, Duration::from_millis(100)));
+            let (request, end) = bench.request(Operation::Read, &file, 0, memory.slice(0..4096));
+            bench.backend.submit(request);
+            let busy = bench.backend.unregister_memory(base).unwrap_err();
+            assert_eq!(busy.kind(), ErrorKind::Busy);
+            end.recv_timeout(PATIENCE).unwrap().unwrap();
+        }
+        bench.backend.unregister_memory(base).unwrap();
+        assert_eq!(bench.backend.report().registered_bytes, 0);
+        let again = bench.backend.unregister_memory(base).unwrap_err();
+        assert_eq!(again.kind(), ErrorKind::InvalidArgument);
+        bench.transfer(Operation::Read, &file, 0, memory.all()).unwrap();
+    }
+}
+
+/// Goal: a reactor with nothing to do sleeps: no ticks, no polling. A thread that never runs never switches.
+#[test]
+fn an_idle_reactor_sleeps() {
+    for engine in KINDS {
+        let bench = open(engine, |_| ());
+        let file = bench.create("segment");
+        let memory = Memory::new(4096);
+        let (mut request, _) = bench.request(Operation::Write, &file, 0, memory.all());
+        let (sender, reactor) = channel();
+        request.done = Box::new(move |_| {
+            let _ = sender.send(rustix::thread::gettid());
+        });
+        bench.backend.submit(request);
+        let reactor = reactor.recv_timeout(PATIENCE).unwrap().as_raw_nonzero();
+        std::thread::sleep(Duration::from_millis(50));
+        let before = context_switches(reactor.get());
+        std::thread::sleep(Duration::from_millis(400));
+        assert_eq!(context_switches(reactor.get()), before, "{engine:?}");
+        bench.transfer(Operation::Write, &file, 0, memory.all()).unwrap();
+        assert!(context_switches(reactor.get()) > before, "the measure sees work");
+    }
+}
+
+fn context_switches(thread: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+    let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+    counts.map(|(_, count)| count.trim().parse::<u64>().unwrap()).sum()
+}
+
+/// Goal: random overlapping-free transfers of all sizes, many at once, agree with a plain array; on every
+/// engine, with two reactors.
+#[test]
+fn random_transfers_agree_with_an_array() {
+    const PAGES: usize = 2048;
+    for engine in KINDS {
+        for seed in 0..3 {
+            let bench = open(engine, |config| {
+                config.threads = 2;
+                config.depth = 8;
+                config.io_bytes = 64 << 10;
+            });
+            let file = bench.create("segment");
+            bench.backend.files().allocate(&file, (PAGES * 4096) as u64).unwrap();
+            let mut dice = fastrand(seed);
+            let mut model = vec![0u8; PAGES * 4096];
+            for _ in 0..6 {
+                let mut memory = Memory::new(PAGES * 4096);
+                memory.fill(dice());
+                let mut requests = Vec::new();
+                let mut ends = Vec::new();
+                let mut page = 0;
+                while page < PAGES {
+                    let count = (1 + dice() as usize % 40).min(PAGES - page);
+                    let range = page * 4096..(page + count) * 4096;
+                    if !dice().is_multiple_of(4) {
+                        model[range.clone()].copy_from_slice(&memory.bytes()[range.clone()]);
+                        let slice = memory.slice(range.clone());
+                        let (request, end) =
+                            bench.request(Operation::Write, &file, range.start as u64, slice);
+                        requests.push(request);
+                        ends.push(end);
+                    }
+                    page += count;
+                }
+                while requests.len() > 1 {
+                    let at = dice() as usize % requests.len();
+                    let few = requests.split_off(at.max(requests.len().saturating_sub(7)).max(1));
+                    bench.backend.submit_all(few);
+                }
+                bench.backend.submit_all(requests);
+                for end in ends {
+                    end.recv_timeout(PATIENCE).unwrap().unwrap();
+                }
+                bench.transfer(Operation::Read, &file, 0, memory.all()).unwrap();
+                assert!(memory.bytes() == model, "{engine:?}, seed {seed}");
+            }
+        }
+    }
+}
+
+fn fastrand(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state >> 8
+    }
+}
+
+/// Goal: errors say what failed, where, and what to do.
+#[test]
+fn errors_name_file_offset_and_remedy() {
+    let bench = open_sim(SimConfig::default(), |_| ());
+    let file = bench.create("segment");
+    let memory = Memory::new(4096);
+    let effect = Effect::Errno(libc::ENOSPC);
+    bench.disk().inject(Fault { call: Call::Write, occasion: Occasion::Always, effect });
+    let error: Error = bench.transfer(Operation::Write, &file, 8192, memory.all()).unwrap_err();
+    let text = error.to_string();
+    for part in ["write", "/store/segment", "byte 8192", "free some", "errno 28"] {
+        assert!(text.contains(part), "{part:?} is missing in: {text}");
     }
 }

@@ -17,6 +17,7 @@ pub mod psync;
 pub mod reactor;
 pub mod report;
 mod schedule;
+pub mod sim;
 pub mod thread;
 pub mod uring;
 mod uring_tables;

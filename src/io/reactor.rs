@@ -350,7 +350,7 @@ impl Owned {
                 self.schedule.refuse_waiting(&self.shared.refusal());
             }
             self.schedule.expire();
-            if let Err(error) = self.schedule.call_ended() {
+            if let Err(error) = self.call_ended() {
                 return End::Broken(error);
             }
             if stopping && self.schedule.is_empty() {
@@ -358,15 +358,24 @@ impl Owned {
                 return End::Stopped;
             }
             self.schedule.fill(&mut *self.io);
+            self.publish();
             if let Err(error) = self.park() {
                 return End::Broken(error);
             }
             self.schedule.settle(&mut self.ended);
-            if let Err(error) = self.schedule.call_ended() {
+            if let Err(error) = self.call_ended() {
                 return End::Broken(error);
             }
-            self.publish();
         }
+    }
+
+    /// Calls the `done` of what has ended, after the counters tell of it.
+    fn call_ended(&mut self) -> Result<()> {
+        if !self.schedule.has_ended() {
+            return Ok(());
+        }
+        self.publish();
+        self.schedule.call_ended()
     }
 
     /// Takes commands and requests from the queues of the submitters.

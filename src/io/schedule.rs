@@ -103,7 +103,7 @@ impl Schedule {
         let Request { operation, file, offset, memory, class, expires, done } = request;
         if memory.length == 0 {
             self.waiting[class.index()].fetch_sub(1, Ordering::Relaxed);
-            self.ended.push((done, Ok(())));
+            self.end(done, Ok(()));
             return;
         }
         if let Some(expires) = expires {
@@ -172,7 +172,7 @@ impl Schedule {
         if !transfer.alone {
             self.waiting[transfer.class.index()].fetch_sub(1, Ordering::Relaxed);
         }
-        self.ended.push((transfer.done, Err(error)));
+        self.end(transfer.done, Err(error));
     }
 
     /// When to look again even if nothing ends: a deadline, or a retry.
@@ -420,15 +420,24 @@ impl Schedule {
             return;
         }
         let transfer = self.transfers.remove(index);
-        self.ended.push((transfer.done, transfer.error.map_or(Ok(()), Err)));
+        self.end(transfer.done, transfer.error.map_or(Ok(()), Err));
+    }
+
+    fn end(&mut self, done: Done, result: Result<()>) {
+        self.counters.requests += 1;
+        self.counters.failed += u64::from(result.is_err());
+        self.ended.push((done, result));
+    }
+
+    /// Whether there is a `done` to call.
+    pub(super) fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
     }
 
     /// Calls the `done` of what has ended, with nothing locked or borrowed. One that panics is an error.
     pub(super) fn call_ended(&mut self) -> Result<()> {
         let mut outcome = Ok(());
         for (done, result) in self.ended.drain(..) {
-            self.counters.requests += 1;
-            self.counters.failed += u64::from(result.is_err());
             if catch_unwind(AssertUnwindSafe(|| done(result))).is_err() {
                 outcome = Err(Error::new(
                     ErrorKind::Internal,
