@@ -1,0 +1,342 @@
+//! Sending one request to one server. Owns connections, their reuse and the deadlines of an
+//! exchange; does not know what is sent, nor what happens when it fails.
+//!
+//! A connection that is dropped before its answer was read to the end is closed at once: that is
+//! how a server learns that nobody wants the answer any more.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1;
+use hyper::header::{HOST, HeaderMap, HeaderValue};
+use hyper::http::{request, response};
+use hyper::{Method, Request, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::instance::{Address, Instance};
+
+/// Idle connections are not used after this: uvicorn closes them after 5 s, and a request written
+/// into a connection that is being closed is lost.
+const IDLE_MAX: Duration = Duration::from_secs(3);
+/// Idle connections kept to one server.
+const IDLE_CONNECTIONS_MAX: usize = 512;
+/// A connection whose answer has just ended is ready for the next request within this.
+const READY_MAX: Duration = Duration::from_millis(20);
+
+/// Deadlines of one exchange.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// To connect.
+    pub connect: Duration,
+    /// From sending until the head of the answer.
+    pub head: Duration,
+}
+
+/// Why an exchange failed.
+#[derive(Clone, Debug)]
+pub enum Failure {
+    /// The server cannot be reached.
+    Connect(String),
+    /// The connection ended or spoke no HTTP.
+    Broken(String),
+    /// No answer in this time.
+    Timeout(Duration),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Connect(why) => write!(f, "cannot be reached: {why}"),
+            Self::Broken(why) => write!(f, "broke the connection: {why}"),
+            Self::Timeout(after) => write!(f, "did not answer within {} s", after.as_secs_f64()),
+        }
+    }
+}
+
+/// A request body: in memory, or the client's own passed through.
+pub enum SendBody {
+    /// In memory.
+    Full(Option<Bytes>),
+    /// From the client as it comes.
+    Stream(Incoming),
+}
+
+impl Body for SendBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self.get_mut() {
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Stream(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(bytes) => bytes.is_none(),
+            Self::Stream(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Stream(body) => body.size_hint(),
+        }
+    }
+}
+
+/// A connection to a server; closes when dropped.
+pub struct Connection {
+    sender: http1::SendRequest<SendBody>,
+    driver: JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// Connections that wait for their next request, the youngest last.
+#[derive(Default)]
+pub struct IdleConnections(Mutex<Vec<(Connection, Instant)>>);
+
+impl IdleConnections {
+    fn take(&self) -> Option<Connection> {
+        let mut idle = self.0.lock().expect("no panic while held");
+        while let Some((connection, since)) = idle.pop() {
+            if since.elapsed() > IDLE_MAX {
+                idle.clear(); // all others are older
+                return None;
+            }
+            if !connection.sender.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose answer was read to its end.
+    pub fn put(&self, connection: Connection) {
+        if connection.sender.is_closed() {
+            return;
+        }
+        let mut idle = self.0.lock().expect("no panic while held");
+        if idle.len() < IDLE_CONNECTIONS_MAX {
+            idle.push((connection, Instant::now()));
+        }
+    }
+
+    /// Closes what was idle for too long.
+    pub fn sweep(&self) {
+        let mut idle = self.0.lock().expect("no panic while held");
+        idle.retain(|(connection, since)| {
+            since.elapsed() <= IDLE_MAX && !connection.sender.is_closed()
+        });
+    }
+}
+
+/// What to send, but for the body.
+#[derive(Clone)]
+pub struct Outgoing {
+    /// Method.
+    pub method: Method,
+    /// Path and query.
+    pub target: Uri,
+    /// Headers, without those that the connection sets.
+    pub headers: HeaderMap,
+}
+
+impl Outgoing {
+    fn request(&self, instance: &Instance, body: SendBody) -> Request<SendBody> {
+        let mut request = Request::new(body);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.target.clone();
+        *request.headers_mut() = self.headers.clone();
+        let host = HeaderValue::from_str(&instance.name);
+        request.headers_mut().insert(HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
+        request
+    }
+
+    /// The client's request as it is, with other headers.
+    pub fn of(parts: &request::Parts, headers: HeaderMap) -> Self {
+        let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+        let target = target.parse().unwrap_or_else(|_| Uri::from_static("/"));
+        Self { method: parts.method.clone(), target, headers }
+    }
+}
+
+/// The answer of a server.
+pub struct Answer {
+    /// Status and headers.
+    pub head: response::Parts,
+    /// The body.
+    pub body: Incoming,
+    /// To be put back when the body has ended.
+    pub connection: Connection,
+}
+
+/// Sends a request that is in memory. A reused connection that turns out to be closed is replaced
+/// by a fresh one, once.
+pub async fn send(
+    instance: &Instance,
+    outgoing: &Outgoing,
+    body: Bytes,
+    deadlines: Deadlines,
+) -> Result<Answer, Failure> {
+    instance.counters.requests.fetch_add(1, Relaxed);
+    while let Some(mut connection) = instance.idle.take() {
+        if !is_ready(&mut connection).await {
+            continue;
+        }
+        let request = outgoing.request(instance, SendBody::Full(Some(body.clone())));
+        match exchange(connection, request, deadlines.head).await {
+            Err(Failure::Broken(_)) => break,
+            other => return other,
+        }
+    }
+    let connection = connect(&instance.address, deadlines.connect).await?;
+    let request = outgoing.request(instance, SendBody::Full(Some(body)));
+    exchange(connection, request, deadlines.head).await
+}
+
+/// Sends a request that is about the server itself, on a fresh connection: an idle one says nothing
+/// about whether new ones are taken. Not counted.
+pub async fn probe(
+    instance: &Instance,
+    outgoing: &Outgoing,
+    deadlines: Deadlines,
+) -> Result<Answer, Failure> {
+    let connection = connect(&instance.address, deadlines.connect).await?;
+    let request = outgoing.request(instance, SendBody::Full(None));
+    exchange(connection, request, deadlines.head).await
+}
+
+/// Sends a request whose body comes from the client while it is sent. It cannot be sent twice, so
+/// it gets a fresh connection.
+pub async fn send_stream(
+    instance: &Instance,
+    outgoing: &Outgoing,
+    body: Incoming,
+    deadlines: Deadlines,
+) -> Result<Answer, Failure> {
+    instance.counters.requests.fetch_add(1, Relaxed);
+    let connection = connect(&instance.address, deadlines.connect).await?;
+    let request = outgoing.request(instance, SendBody::Stream(body));
+    exchange(connection, request, deadlines.head).await
+}
+
+async fn is_ready(connection: &mut Connection) -> bool {
+    connection.sender.is_ready()
+        || matches!(timeout(READY_MAX, connection.sender.ready()).await, Ok(Ok(())))
+}
+
+async fn exchange(
+    mut connection: Connection,
+    request: Request<SendBody>,
+    limit: Duration,
+) -> Result<Answer, Failure> {
+    match timeout(limit, connection.sender.send_request(request)).await {
+        Ok(Ok(response)) => {
+            let (head, body) = response.into_parts();
+            Ok(Answer { head, body, connection })
+        }
+        Ok(Err(error)) => Err(Failure::Broken(chain(&error))),
+        Err(_) => Err(Failure::Timeout(limit)),
+    }
+}
+
+async fn connect(address: &Address, limit: Duration) -> Result<Connection, Failure> {
+    let connecting = TcpStream::connect((address.host.as_str(), address.port));
+    let stream = match timeout(limit, connecting).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(Failure::Connect(error.to_string())),
+        Err(_) => {
+            let seconds = limit.as_secs_f64();
+            return Err(Failure::Connect(format!("no connection within {seconds} s")));
+        }
+    };
+    // Without it a small event may wait 40 ms for the acknowledgement of the one before.
+    let _ = stream.set_nodelay(true);
+    let (sender, driver) = http1::Builder::new()
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| Failure::Broken(chain(&error)))?;
+    let driver = tokio::spawn(async move {
+        // Its errors reach the request in flight, if there is one.
+        let _ = driver.await;
+    });
+    Ok(Connection { sender, driver })
+}
+
+/// An error with its causes, which hyper keeps apart.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Reads a body to its end, at most `limit` bytes; `None` is one that is longer.
+pub async fn collect<B>(mut body: B, limit: usize) -> Result<Option<Bytes>, B::Error>
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    let mut first = Bytes::new();
+    let mut rest: Vec<u8> = Vec::new();
+    while let Some(frame) = next_frame(&mut body).await {
+        let Ok(data) = frame?.into_data() else { continue };
+        if first.len() + rest.len() + data.len() > limit {
+            return Ok(None);
+        }
+        if first.is_empty() && rest.is_empty() {
+            first = data; // the usual case: one frame, no copy
+        } else {
+            if rest.is_empty() {
+                rest.extend_from_slice(&std::mem::take(&mut first));
+            }
+            rest.extend_from_slice(&data);
+        }
+    }
+    Ok(Some(if rest.is_empty() { first } else { rest.into() }))
+}
+
+/// The next frame of a body.
+pub fn next_frame<B>(body: &mut B) -> impl Future<Output = Option<Result<Frame<Bytes>, B::Error>>>
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    std::future::poll_fn(move |cx| Pin::new(&mut *body).poll_frame(cx))
+}
+
+/// Resolves every name, so that a misspelt one is an error at start and not at the first request.
+pub async fn resolve(address: &Address) -> Result<(), String> {
+    match tokio::net::lookup_host((address.host.as_str(), address.port)).await {
+        Ok(found) => match found.count() {
+            0 => Err(format!("the name `{}` has no address", address.host)),
+            _ => Ok(()),
+        },
+        Err(error) => Err(format!("the name `{}` cannot be resolved: {error}", address.host)),
+    }
+}
