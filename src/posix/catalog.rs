@@ -1,0 +1,299 @@
+//! The catalog: what all manifests together say, as one index and one table of segments.
+//!
+//! Owns the index, the names behind segment handles, and what must not be found again (retired segments,
+//! quarantined extents). Knows no file: it is told records and asked questions.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::block::{BlockId, PAGE, PartKey};
+use crate::posix::format::{Kind, Record};
+use crate::posix::index::{Found, Index, Location};
+use crate::posix::names::SegmentName;
+
+/// Quarantined extents that are remembered; beyond it the oldest knowledge is dropped wholesale, and a bad
+/// extent costs one failed read more.
+const QUARANTINE_MAX: usize = 1 << 16;
+/// Abandoned blocks that are remembered.
+const ABANDONED_MAX: usize = 1 << 16;
+
+/// A segment that the index points into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentRef {
+    /// Which backend.
+    pub home: u16,
+    /// Its name there.
+    pub name: SegmentName,
+    /// Whether a RETIRE record was seen.
+    pub retired: bool,
+}
+
+#[derive(Default)]
+struct SegmentTable {
+    /// Handle `n` stands at `n - 1`.
+    segments: Vec<SegmentRef>,
+    handles: HashMap<(u16, SegmentName), u32>,
+}
+
+/// Events that only count.
+#[derive(Default)]
+pub struct CatalogCounters {
+    /// Records that failed their checksum or stood in the wrong place.
+    pub bad_records: AtomicU64,
+    /// Extents that failed verification.
+    pub quarantined: AtomicU64,
+    /// Records of a part length that is not the namespace's.
+    pub misfits: AtomicU64,
+}
+
+/// What all manifests say.
+pub struct Catalog {
+    /// Where parts are.
+    pub index: Index,
+    /// What was odd.
+    pub counters: CatalogCounters,
+    part_bytes: u64,
+    part_count: u16,
+    segments: RwLock<SegmentTable>,
+    quarantine: Mutex<HashSet<Location>>,
+    quarantine_size: AtomicUsize,
+    abandoned: Mutex<HashSet<BlockId>>,
+    abandoned_size: AtomicUsize,
+}
+
+/// Records of one manifest on their way into the catalog.
+pub struct Intake<'a> {
+    catalog: &'a Catalog,
+    home: u16,
+    writer: u64,
+    last: Option<(SegmentName, u32, bool)>,
+    retired: HashSet<u32>,
+    /// Segments of the writer that were named as live.
+    pub named: HashSet<u32>,
+}
+
+impl Catalog {
+    /// An empty catalog of a namespace.
+    pub fn new(part_bytes: u64, part_count: u16) -> Self {
+        Self {
+            index: Index::new(),
+            counters: CatalogCounters::default(),
+            part_bytes,
+            part_count,
+            segments: RwLock::default(),
+            quarantine: Mutex::default(),
+            quarantine_size: AtomicUsize::new(0),
+            abandoned: Mutex::default(),
+            abandoned_size: AtomicUsize::new(0),
+        }
+    }
+
+    /// The segment behind a handle.
+    pub fn segment(&self, handle: u32) -> Option<SegmentRef> {
+        let table = self.segments.read();
+        table.segments.get((handle as usize).checked_sub(1)?).copied()
+    }
+
+    /// The handle of a segment, a new one if it was never named before.
+    pub fn intern(&self, home: u16, name: SegmentName) -> u32 {
+        if let Some(handle) = self.segments.read().handles.get(&(home, name)) {
+            return *handle;
+        }
+        let mut table = self.segments.write();
+        let table = &mut *table;
+        *table.handles.entry((home, name)).or_insert_with(|| {
+            table.segments.push(SegmentRef { home, name, retired: false });
+            table.segments.len() as u32
+        })
+    }
+
+    /// Handles of a writer's segments that were not retired.
+    pub fn segments_of(&self, home: u16, writer: u64) -> Vec<(u32, SegmentName)> {
+        let table = self.segments.read();
+        let numbered = (1..).zip(&table.segments);
+        numbered
+            .filter(|(_, s)| s.home == home && s.name.writer == writer && !s.retired)
+            .map(|(handle, segment)| (handle, segment.name))
+            .collect()
+    }
+
+    /// How many segments are not retired.
+    pub fn segment_count(&self) -> usize {
+        self.segments.read().segments.iter().filter(|segment| !segment.retired).count()
+    }
+
+    /// Takes the records of one manifest of `writer`; retired segments leave the index when it is dropped.
+    pub fn intake(&self, home: u16, writer: u64) -> Intake<'_> {
+        Intake {
+            catalog: self,
+            home,
+            writer,
+            last: None,
+            retired: HashSet::new(),
+            named: HashSet::new(),
+        }
+    }
+
+    /// Puts a part where it can be found. Last one wins.
+    pub fn publish(&self, key: &PartKey, found: Found) {
+        if self.is_quarantined(found.location) {
+            return;
+        }
+        self.index.insert(key, found);
+        if self.abandoned_size.load(Ordering::Relaxed) > 0 {
+            let mut abandoned = self.abandoned.lock();
+            abandoned.remove(&key.block);
+            self.abandoned_size.store(abandoned.len(), Ordering::Relaxed);
+        }
+    }
+
+    /// Marks segments as gone for good and removes their parts from the index.
+    pub fn retire(&self, handles: &HashSet<u32>) -> usize {
+        if handles.is_empty() {
+            return 0;
+        }
+        let mut table = self.segments.write();
+        for handle in handles {
+            if let Some(segment) = table.segments.get_mut(*handle as usize - 1) {
+                segment.retired = true;
+            }
+        }
+        drop(table);
+        self.index.remove_segments(handles)
+    }
+
+    /// Removes the parts of segments whose manifest is gone; if it comes back they are found again.
+    pub fn forget(&self, handles: &HashSet<u32>) -> usize {
+        if handles.is_empty() { 0 } else { self.index.remove_segments(handles) }
+    }
+
+    /// Never returns this extent again, whatever manifests say.
+    pub fn quarantine(&self, key: &PartKey, location: Location) {
+        let mut quarantine = self.quarantine.lock();
+        if quarantine.len() >= QUARANTINE_MAX {
+            quarantine.clear();
+        }
+        quarantine.insert(location);
+        self.quarantine_size.store(quarantine.len(), Ordering::Relaxed);
+        drop(quarantine);
+        self.index.remove_at(key, location);
+    }
+
+    /// Whether an extent was found bad.
+    pub fn is_quarantined(&self, location: Location) -> bool {
+        self.quarantine_size.load(Ordering::Relaxed) > 0
+            && self.quarantine.lock().contains(&location)
+    }
+
+    /// Remembers that an announced block will not come.
+    pub fn abandon(&self, block: BlockId) {
+        let mut abandoned = self.abandoned.lock();
+        if abandoned.len() >= ABANDONED_MAX {
+            abandoned.clear();
+        }
+        abandoned.insert(block);
+        self.abandoned_size.store(abandoned.len(), Ordering::Relaxed);
+    }
+
+    /// Whether an announced block will not come.
+    pub fn is_abandoned(&self, block: &BlockId) -> bool {
+        self.abandoned_size.load(Ordering::Relaxed) > 0 && self.abandoned.lock().contains(block)
+    }
+
+    /// Whether all parts of a block can be found.
+    pub fn contains_block(&self, block: &BlockId) -> bool {
+        (0..self.part_count).all(|part| self.index.find(&PartKey { block: *block, part }).is_some())
+    }
+
+    /// For each block whether all its parts can be found; cache lines are fetched together.
+    pub fn contains_blocks(&self, blocks: &[BlockId], found: &mut [u8]) {
+        found[..blocks.len()].fill(1);
+        let parts = usize::from(self.part_count);
+        let keys = blocks.iter().flat_map(|block| (0..self.part_count).map(move |p| (block, p)));
+        self.index.find_many(keys, |at, part| {
+            if part.is_none() {
+                found[at / parts] = 0;
+            }
+        });
+    }
+}
+
+impl Intake<'_> {
+    /// Takes one record.
+    pub fn take(&mut self, record: &Record) {
+        match record.kind {
+            Kind::Publish => self.publish(record),
+            Kind::Retire => {
+                let handle = self.handle_of(record);
+                self.retired.insert(handle);
+            }
+            Kind::Seal if record.segment != crate::posix::format::SEAL_MANIFEST => {
+                let handle = self.own_handle(record).0;
+                self.named.insert(handle);
+            }
+            Kind::Drop => {
+                let segment = self.handle_of(record);
+                let key = PartKey { block: record.block, part: record.part };
+                self.catalog.quarantine(&key, Location { segment, page: record.page });
+            }
+            Kind::Abandoned => self.catalog.abandon(record.block),
+            Kind::Seal | Kind::Epoch | Kind::Heartbeat => {}
+        }
+    }
+
+    fn publish(&mut self, record: &Record) {
+        let catalog = self.catalog;
+        if u64::from(record.length) != catalog.part_bytes || record.part >= catalog.part_count {
+            catalog.counters.misfits.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let (segment, retired) = self.own_handle(record);
+        if retired || self.retired.contains(&segment) || record.page == 0 {
+            return;
+        }
+        let key = PartKey { block: record.block, part: record.part };
+        let location = Location { segment, page: record.page };
+        catalog.publish(&key, Found { location, checksum: record.checksum });
+    }
+
+    /// Handle of a segment of this manifest's writer; neighbouring records mostly name the same one.
+    fn own_handle(&mut self, record: &Record) -> (u32, bool) {
+        let name = SegmentName {
+            writer: self.writer,
+            number: record.segment,
+            generation: record.generation,
+        };
+        if let Some((last, handle, retired)) = self.last {
+            if last == name {
+                return (handle, retired);
+            }
+        }
+        let handle = self.catalog.intern(self.home, name);
+        let retired = self.catalog.segment(handle).is_some_and(|segment| segment.retired);
+        self.named.insert(handle);
+        self.last = Some((name, handle, retired));
+        (handle, retired)
+    }
+
+    /// Handle of the segment that a RETIRE or DROP means, which may be another writer's.
+    fn handle_of(&mut self, record: &Record) -> u32 {
+        let writer = if record.checksum == 0 { self.writer } else { record.checksum };
+        let name = SegmentName { writer, number: record.segment, generation: record.generation };
+        self.catalog.intern(self.home, name)
+    }
+}
+
+impl Drop for Intake<'_> {
+    fn drop(&mut self) {
+        self.catalog.retire(&self.retired);
+    }
+}
+
+/// Pages of an extent: the part, padded, and its trailer.
+pub fn extent_pages(part_bytes: u64) -> u32 {
+    (part_bytes.div_ceil(PAGE as u64) + 1) as u32
+}

@@ -1,0 +1,128 @@
+//! One thread that runs short jobs later: deadlines of waiters, of refreshes, heartbeats.
+//!
+//! It starts with the first job and sleeps until the next one is due, so an idle tier never wakes it.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct State {
+    /// By time, then by order of arrival.
+    jobs: BTreeMap<(Instant, u64), Job>,
+    arrivals: u64,
+    started: bool,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// A job that waits for its time.
+pub struct Ticket((Instant, u64));
+
+/// Runs jobs at their time. Jobs must not block: they hand blocking work to a path pool.
+#[derive(Default)]
+pub struct Clock(Arc<Inner>);
+
+impl Clock {
+    /// Runs `job` at `when`, or soon after. Jobs that wait when the clock is dropped are dropped.
+    pub fn at(&self, when: Instant, job: impl FnOnce() + Send + 'static) -> Ticket {
+        let mut state = self.0.state.lock();
+        state.arrivals += 1;
+        let key = (when, state.arrivals);
+        if state.closed {
+            return Ticket(key);
+        }
+        state.jobs.insert(key, Box::new(job));
+        if !state.started {
+            let inner = Arc::clone(&self.0);
+            let thread = std::thread::Builder::new().name("ucm-clock".into());
+            match thread.spawn(move || inner.run()) {
+                Ok(_) => state.started = true,
+                Err(error) => crate::log::warning(format_args!(
+                    "no thread for deadlines of file operations: {error}; raise the limit on threads (ulimit -u)"
+                )),
+            }
+        } else if state.jobs.first_key_value().is_some_and(|(first, _)| *first == key) {
+            self.0.changed.notify_one();
+        }
+        Ticket(key)
+    }
+
+    /// Drops a job that has not run yet.
+    pub fn cancel(&self, ticket: Ticket) {
+        let job = self.0.state.lock().jobs.remove(&ticket.0);
+        drop(job);
+    }
+
+    /// Drops the jobs that wait and ends the thread.
+    pub fn close(&self) {
+        let mut state = self.0.state.lock();
+        state.closed = true;
+        let jobs = std::mem::take(&mut state.jobs);
+        self.0.changed.notify_one();
+        drop(state);
+        drop(jobs);
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Inner {
+    fn run(&self) {
+        let mut state = self.state.lock();
+        while !state.closed {
+            match state.jobs.first_key_value().map(|((when, _), _)| *when) {
+                None => self.changed.wait(&mut state),
+                Some(when) if when > Instant::now() => {
+                    self.changed.wait_until(&mut state, when);
+                }
+                Some(_) => {
+                    let job = state.jobs.pop_first();
+                    drop(state);
+                    if let Some((_, job)) = job {
+                        // A defect in one job must not take the deadlines of all others with it.
+                        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+                    }
+                    state = self.state.lock();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// Jobs run in the order of their times, and none runs early.
+    #[test]
+    fn jobs_run_in_order_of_time() {
+        let clock = Clock::default();
+        let start = Instant::now();
+        let (sender, receiver) = mpsc::channel();
+        for wait in [30u64, 10, 20] {
+            let sender = sender.clone();
+            let due = start + Duration::from_millis(wait);
+            clock.at(due, move || sender.send((wait, Instant::now() >= due)).unwrap());
+        }
+        let order: Vec<(u64, bool)> = receiver.iter().take(3).collect();
+        assert_eq!(order, [(10, true), (20, true), (30, true)]);
+    }
+}

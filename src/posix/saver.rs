@@ -1,0 +1,536 @@
+//! The saver of one home: the current writer, its segments, and the saves that wait for room.
+//!
+//! Owns which writer is current and which segment is being filled; prepares the next one on the path pool
+//! while the current one fills. A home that fails is latched with its reason and tried again after a while;
+//! other homes go on. Knows manifests and segments by their doors only.
+
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::block::{PAGE, PartKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::posix::capacity::Capacity;
+use crate::posix::catalog::Catalog;
+use crate::posix::clock::Clock;
+use crate::posix::format::{Kind, NO_CHECKSUM, Record, SEAL_MANIFEST};
+use crate::posix::home::Home;
+use crate::posix::host::{random_id, wall_ms};
+use crate::posix::manifest::{Item, Manifest, Urgency};
+use crate::posix::open_files::OpenFiles;
+use crate::posix::reply::Reply;
+use crate::posix::segment::{Closing, OwnSegment, Room};
+
+/// Saves that may wait for a segment to be made.
+const WAITERS_MAX: usize = 4096;
+/// A home that failed is tried again after this time.
+const RETRY: Duration = Duration::from_secs(3);
+/// A full one sooner: space comes back when something is reclaimed.
+const RETRY_NO_SPACE: Duration = Duration::from_millis(500);
+
+/// One writer: a manifest and the segments it has filled.
+pub struct Writer {
+    /// Its random id.
+    pub id: u64,
+    /// Its manifest.
+    pub manifest: Arc<Manifest>,
+    next_number: AtomicU32,
+    segments: Mutex<Vec<Arc<OwnSegment>>>,
+}
+
+struct Waiter {
+    key: PartKey,
+    expires: Option<Instant>,
+    reply: Reply<Extent>,
+}
+
+#[derive(Default)]
+struct State {
+    writer: Option<Arc<Writer>>,
+    current: Option<Arc<OwnSegment>>,
+    next: Option<Arc<OwnSegment>>,
+    preparing: bool,
+    waiters: VecDeque<Waiter>,
+    failed: Option<(Instant, Error)>,
+    closed: bool,
+    beating: bool,
+}
+
+/// Saves into one home.
+pub struct Saver {
+    /// The home.
+    pub home: Arc<Home>,
+    catalog: Arc<Catalog>,
+    files: Arc<OpenFiles>,
+    clock: Arc<Clock>,
+    capacity: Arc<Capacity>,
+    state: Mutex<State>,
+    /// Ids of all writers this saver ever was, so that their manifests are not tailed.
+    own_ids: Mutex<Vec<u64>>,
+}
+
+/// Room for one part in a segment. Dropped unwritten, it goes back to its segment.
+pub struct Extent {
+    key: PartKey,
+    saver: Arc<Saver>,
+    writer: Arc<Writer>,
+    segment: Arc<OwnSegment>,
+    page: u32,
+    checksum: AtomicU64,
+    spent: bool,
+}
+
+impl Extent {
+    /// The part it is for.
+    pub fn key(&self) -> &PartKey {
+        &self.key
+    }
+
+    /// Its segment.
+    pub fn segment(&self) -> &Arc<OwnSegment> {
+        &self.segment
+    }
+
+    /// Its writer.
+    pub fn writer(&self) -> &Arc<Writer> {
+        &self.writer
+    }
+
+    /// Its saver.
+    pub fn saver(&self) -> &Arc<Saver> {
+        &self.saver
+    }
+
+    /// Its first page in the segment.
+    pub fn page(&self) -> u32 {
+        self.page
+    }
+
+    /// Byte offset in the segment.
+    pub fn offset(&self) -> u64 {
+        u64::from(self.page) * PAGE as u64
+    }
+
+    /// The checksum of the part, once taken.
+    pub fn checksum(&self) -> u64 {
+        self.checksum.load(Ordering::Acquire)
+    }
+
+    /// Sets the checksum.
+    pub fn set_checksum(&self, checksum: u64) {
+        self.checksum.store(checksum, Ordering::Release);
+    }
+
+    /// Bytes may have been written: it can never be handed out again.
+    pub fn spend(mut self) {
+        self.spent = true;
+        let closing = self.segment.written();
+        self.saver.seal(&self.writer, &self.segment, closing);
+    }
+}
+
+impl Drop for Extent {
+    fn drop(&mut self) {
+        if !self.spent {
+            let closing = self.segment.give_back(self.page);
+            self.saver.seal(&self.writer, &self.segment, closing);
+        }
+    }
+}
+
+impl Writer {
+    /// Segments that were filled or are being filled, oldest first.
+    pub fn segments(&self) -> Vec<Arc<OwnSegment>> {
+        self.segments.lock().clone()
+    }
+
+    /// Forgets a segment that was reclaimed.
+    pub fn remove_segment(&self, handle: u32) {
+        self.segments.lock().retain(|segment| segment.handle != handle);
+    }
+}
+
+impl Saver {
+    /// A saver that has no writer yet: it gets one with the first save.
+    pub fn new(
+        home: Arc<Home>,
+        catalog: Arc<Catalog>,
+        files: Arc<OpenFiles>,
+        clock: Arc<Clock>,
+        capacity: Arc<Capacity>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            home,
+            catalog,
+            files,
+            clock,
+            capacity,
+            state: Mutex::default(),
+            own_ids: Mutex::default(),
+        })
+    }
+
+    /// Whether a writer is one of ours.
+    pub fn is_own(&self, writer: u64) -> bool {
+        self.own_ids.lock().contains(&writer)
+    }
+
+    /// The current writer.
+    pub fn writer(&self) -> Option<Arc<Writer>> {
+        self.state.lock().writer.clone()
+    }
+
+    /// Why the home takes no saves now, if so.
+    pub fn failure(&self) -> Option<Error> {
+        let state = self.state.lock();
+        let (until, error) = state.failed.as_ref()?;
+        (Instant::now() < *until).then(|| error.clone())
+    }
+
+    /// Takes room for a part: at once where there is some, else when a segment was made.
+    pub fn reserve(
+        self: &Arc<Self>,
+        key: &PartKey,
+        expires: Option<Instant>,
+        reply: Reply<Extent>,
+    ) {
+        let mut state = self.state.lock();
+        let refused = if state.closed {
+            Some(Error::new(ErrorKind::Closed, "the store is closed"))
+        } else {
+            state
+                .failed
+                .as_ref()
+                .filter(|(until, _)| Instant::now() < *until)
+                .map(|(_, error)| error.clone())
+        };
+        if let Some(error) = refused {
+            drop(state);
+            return reply.send(Err(error));
+        }
+        self.drop_latched_writer(&mut state);
+        let (extent, filled) = self.take(&mut state, key);
+        let prepare = self.should_prepare(&mut state, extent.is_none());
+        let refusal = match extent {
+            Some(extent) => {
+                drop(state);
+                reply.send(Ok(extent));
+                None
+            }
+            None if state.waiters.len() >= WAITERS_MAX => {
+                drop(state);
+                Some(reply)
+            }
+            None => {
+                state.waiters.push_back(Waiter { key: *key, expires, reply });
+                drop(state);
+                if let Some(expires) = expires {
+                    let saver = Arc::downgrade(self);
+                    self.clock.at(expires, move || {
+                        if let Some(saver) = saver.upgrade() {
+                            saver.expire_waiters();
+                        }
+                    });
+                }
+                None
+            }
+        };
+        if let Some(reply) = refusal {
+            reply.send(Err(Error::new(
+                ErrorKind::Busy,
+                format!("{WAITERS_MAX} saves wait for a segment already; storage does not keep up"),
+            )));
+        }
+        self.close_filled(filled);
+        if prepare {
+            self.prepare();
+        }
+    }
+
+    /// An extent of the current segment, or of the next one, which then is the current one.
+    fn take(
+        self: &Arc<Self>,
+        state: &mut State,
+        key: &PartKey,
+    ) -> (Option<Extent>, Option<(Arc<Writer>, Arc<OwnSegment>)>) {
+        let Some(writer) = state.writer.clone() else { return (None, None) };
+        let mut filled = None;
+        loop {
+            let Some(segment) = state.current.clone() else { return (None, filled) };
+            if let Some(page) = segment.take() {
+                let extent = Extent {
+                    key: *key,
+                    saver: Arc::clone(self),
+                    writer,
+                    segment,
+                    page,
+                    checksum: AtomicU64::new(NO_CHECKSUM),
+                    spent: false,
+                };
+                return (Some(extent), filled);
+            }
+            let Some(next) = state.next.take() else { return (None, filled) };
+            filled = Some((Arc::clone(&writer), segment));
+            state.current = Some(next);
+        }
+    }
+
+    fn should_prepare(&self, state: &mut State, must: bool) -> bool {
+        let half = || state.current.as_ref().is_none_or(|segment| segment.room() != Room::Plenty);
+        let needed = must || (state.next.is_none() && half());
+        let begin = needed && !state.preparing && !state.closed;
+        state.preparing |= begin;
+        begin
+    }
+
+    fn close_filled(&self, filled: Option<(Arc<Writer>, Arc<OwnSegment>)>) {
+        if let Some((writer, segment)) = filled {
+            let closing = segment.close();
+            self.seal(&writer, &segment, closing);
+        }
+    }
+
+    /// Records that a segment will not grow any more.
+    fn seal(&self, writer: &Arc<Writer>, segment: &OwnSegment, closing: Closing) {
+        if let Closing::Seal(pages) = closing {
+            let record = Record {
+                segment: segment.name.number,
+                generation: segment.name.generation,
+                page: pages,
+                ..Record::of(Kind::Seal, wall_ms())
+            };
+            let item = Item { record, data: None, reply: Reply::new(|_| ()) };
+            writer.manifest.push(item, Urgency::MayGather);
+        }
+    }
+
+    fn drop_latched_writer(&self, state: &mut State) {
+        if state.writer.as_ref().is_some_and(|writer| writer.manifest.latched().is_some()) {
+            state.writer = None;
+            state.current = None;
+            state.next = None;
+        }
+    }
+
+    /// Makes a writer where there is none, and the next segment, on the path pool.
+    fn prepare(self: &Arc<Self>) {
+        let saver = Arc::clone(self);
+        let reply = Reply::new(move |made: Result<(Arc<Writer>, Arc<OwnSegment>)>| {
+            saver.prepared(made);
+        });
+        let saver = Arc::clone(self);
+        reply.run_on(&self.home.backend, move |reply| reply.send(saver.make()));
+    }
+
+    fn make(self: &Arc<Self>) -> Result<(Arc<Writer>, Arc<OwnSegment>)> {
+        let existing = self.state.lock().writer.clone();
+        let writer = match existing {
+            Some(writer) => writer,
+            None => {
+                let id = random_id();
+                self.own_ids.lock().push(id);
+                Arc::new(Writer {
+                    id,
+                    manifest: Manifest::create(&self.home, id, 0)?,
+                    next_number: AtomicU32::new(0),
+                    segments: Mutex::default(),
+                })
+            }
+        };
+        let number = writer.next_number.fetch_add(1, Ordering::Relaxed);
+        let bytes = PAGE as u64
+            + u64::from(self.home.layout.extents_of(number)) * self.home.layout.extent_bytes();
+        self.capacity.take(bytes)?;
+        let made = OwnSegment::create(&self.home, writer.id, number, |name| {
+            self.catalog.intern(self.home.number, name)
+        });
+        let segment = match made {
+            Ok(segment) => segment,
+            Err(error) => {
+                self.capacity.give(bytes);
+                return Err(error);
+            }
+        };
+        self.capacity.give(bytes.saturating_sub(segment.bytes()));
+        self.files.insert(segment.handle, segment.file.clone());
+        writer.segments.lock().push(Arc::clone(&segment));
+        Ok((writer, segment))
+    }
+
+    fn prepared(self: &Arc<Self>, made: Result<(Arc<Writer>, Arc<OwnSegment>)>) {
+        let mut state = self.state.lock();
+        state.preparing = false;
+        let mut answers: Vec<(Reply<Extent>, Result<Extent>)> = Vec::new();
+        let mut filled = Vec::new();
+        let mut beat = false;
+        match made {
+            Ok((writer, segment)) => {
+                state.failed = None;
+                beat = !std::mem::replace(&mut state.beating, true);
+                state.writer = Some(writer);
+                if state.current.as_ref().is_none_or(|current| current.room() == Room::None) {
+                    if let (Some(old), Some(writer)) =
+                        (state.current.replace(segment), state.writer.clone())
+                    {
+                        filled.push((writer, old));
+                    }
+                } else {
+                    state.next = Some(segment);
+                }
+                while let Some(waiter) = state.waiters.pop_front() {
+                    if waiter.expires.is_some_and(|expires| expires <= Instant::now()) {
+                        answers.push((waiter.reply, Err(expired())));
+                        continue;
+                    }
+                    let (extent, full) = self.take(&mut state, &waiter.key);
+                    filled.extend(full);
+                    match extent {
+                        Some(extent) => answers.push((waiter.reply, Ok(extent))),
+                        None => {
+                            state.waiters.push_front(waiter);
+                            break;
+                        }
+                    }
+                }
+            }
+            Err(error) => {
+                let exhausted =
+                    state.current.as_ref().is_none_or(|segment| segment.room() == Room::None);
+                if exhausted {
+                    self.fail(&mut state, &error);
+                }
+                let waiters = std::mem::take(&mut state.waiters);
+                answers.extend(waiters.into_iter().map(|w| (w.reply, Err(error.clone()))));
+            }
+        }
+        let must = !state.waiters.is_empty();
+        let again = must && self.should_prepare(&mut state, must);
+        drop(state);
+        answers.into_iter().for_each(|(reply, answer)| reply.send(answer));
+        filled.into_iter().for_each(|filled| self.close_filled(Some(filled)));
+        if again {
+            self.prepare();
+        }
+        if beat {
+            self.schedule_heartbeat();
+        }
+    }
+
+    fn fail(&self, state: &mut State, error: &Error) {
+        let wait = if error.kind() == ErrorKind::NoSpace { RETRY_NO_SPACE } else { RETRY };
+        if state.failed.is_none() {
+            crate::log::warning(format_args!(
+                "{} takes no saves for a while: {error}",
+                self.home.backend.directory().display()
+            ));
+        }
+        state.failed = Some((Instant::now() + wait, error.clone()));
+    }
+
+    /// A data write has failed: the segment is filled no further and the home rests.
+    pub fn write_failed(self: &Arc<Self>, extent: &Extent, error: &Error) {
+        let mut state = self.state.lock();
+        self.fail(&mut state, error);
+        let is_current =
+            state.current.as_ref().is_some_and(|current| current.handle == extent.segment.handle);
+        if is_current {
+            state.current = state.next.take();
+        }
+        drop(state);
+        self.close_filled(Some((Arc::clone(&extent.writer), Arc::clone(&extent.segment))));
+    }
+
+    fn expire_waiters(&self) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let waiters = std::mem::take(&mut state.waiters);
+        let (over, waiting): (VecDeque<_>, VecDeque<_>) = waiters
+            .into_iter()
+            .partition(|waiter| waiter.expires.is_some_and(|expires| expires <= now));
+        state.waiters = waiting;
+        drop(state);
+        over.into_iter().for_each(|waiter| waiter.reply.send(Err(expired())));
+    }
+
+    /// A sign of life every third of the lease, for as long as there is a manifest.
+    fn schedule_heartbeat(self: &Arc<Self>) {
+        let third = self.home.layout.config.lease / 3;
+        let saver = Arc::downgrade(self);
+        self.clock.at(Instant::now() + third, move || {
+            if let Some(saver) = saver.upgrade() {
+                saver.heartbeat();
+            }
+        });
+    }
+
+    fn heartbeat(self: &Arc<Self>) {
+        let (writer, closed) = {
+            let state = self.state.lock();
+            (state.writer.clone(), state.closed)
+        };
+        if closed {
+            return;
+        }
+        let third = self.home.layout.config.lease / 3;
+        if let Some(writer) = writer.filter(|w| w.manifest.silence() * 10 >= third * 9) {
+            let item = Item {
+                record: Record::of(Kind::Heartbeat, wall_ms()),
+                data: None,
+                reply: Reply::new(|_| ()),
+            };
+            writer.manifest.push(item, Urgency::Now);
+        }
+        self.schedule_heartbeat();
+    }
+
+    /// Takes no more saves. Returns the writer, whose segments and manifest remain to be closed.
+    pub fn stop(&self) -> Option<Arc<Writer>> {
+        let mut state = self.state.lock();
+        state.closed = true;
+        state.current = None;
+        state.next = None;
+        let writer = state.writer.take();
+        let waiters = std::mem::take(&mut state.waiters);
+        drop(state);
+        for waiter in waiters {
+            waiter.reply.send(Err(Error::new(ErrorKind::Closed, "the store is closed")));
+        }
+        writer
+    }
+
+    /// Closes what `stop` returned: trims segments to what was used, removes what holds nothing, and seals
+    /// the manifest. Blocks; on a path pool only. `reply` comes when the last record counts.
+    pub fn close_writer(&self, writer: &Arc<Writer>, reply: Reply<()>) {
+        let files = self.home.backend.files();
+        for segment in writer.segments() {
+            let closing = segment.close();
+            if segment.is_untouched() {
+                let _ = files.truncate(&segment.file, 0);
+                let _ = files.unlink(&segment.path);
+                continue;
+            }
+            // Nothing is out any more where it can be sealed, so what lies behind is nobody's.
+            if matches!(closing, Closing::Seal(_)) {
+                let _ = files.truncate(&segment.file, segment.used_bytes());
+            }
+            self.seal(writer, &segment, closing);
+        }
+        if writer.manifest.is_empty() {
+            return reply.send(files.unlink(writer.manifest.path()));
+        }
+        let record = Record { segment: SEAL_MANIFEST, ..Record::of(Kind::Seal, wall_ms()) };
+        writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
+    }
+}
+
+fn expired() -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        "the deadline passed while the save waited for a segment; check the mount, or raise timeout_ms",
+    )
+}

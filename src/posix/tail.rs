@@ -1,0 +1,234 @@
+//! Reading one manifest of another writer, again and again: one small read tells whether there is more.
+//!
+//! Owns the held descriptor and how far it has read. Hands records to whoever asked; knows nothing of what
+//! they mean, except those that end the manifest.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::block::PAGE;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Access, File};
+use crate::posix::format::{
+    Decoded, HEAD_PAGE_FIRST, Head, Kind, ManifestHeader, RECORD_BYTES, RECORD_PAGE_FIRST,
+    RECORDS_PER_PAGE, Record, Refused, SEAL_MANIFEST, head_record, record_seal,
+};
+use crate::posix::home::Home;
+use crate::posix::host::boot_time;
+use crate::posix::manifest::sequence_of;
+use crate::posix::names::{Fence, ManifestName};
+use crate::posix::pages::Pages;
+
+/// Full pages that are read at once: 1 MiB.
+const CHUNK_PAGES: u32 = 256;
+
+/// Whether there can be more in a manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Growth {
+    /// Its writer may append.
+    Live,
+    /// Closed by its writer, continued by another epoch, or fenced and read to its end.
+    Final,
+}
+
+/// One manifest and how far it was read.
+pub struct ManifestTail {
+    /// Its name.
+    pub name: ManifestName,
+    /// Whether there can be more.
+    pub growth: Growth,
+    /// Its first page, once read.
+    pub header: Option<ManifestHeader>,
+    /// Records that failed their checksum or stood in the wrong place.
+    pub bad_records: u64,
+    /// When it was last seen to have grown, on this host's clock.
+    pub changed_at: Duration,
+    path: PathBuf,
+    file: Option<File>,
+    commit: u64,
+    /// First page of records that was not read as a full page.
+    page: u32,
+    /// Sequence of the next record to hand out.
+    next: u64,
+}
+
+impl ManifestTail {
+    /// A manifest that was found in a listing.
+    pub fn new(home: &Home, name: ManifestName) -> Self {
+        Self {
+            name,
+            growth: Growth::Live,
+            header: None,
+            bad_records: 0,
+            changed_at: boot_time(),
+            path: home.manifests.join(name.to_string()),
+            file: None,
+            commit: 0,
+            page: RECORD_PAGE_FIRST,
+            next: 0,
+        }
+    }
+
+    /// It goes by another name now (it was fenced): one more poll reads its end.
+    pub fn renamed(&mut self, home: &Home, name: ManifestName) {
+        self.path = home.manifests.join(name.to_string());
+        self.name = name;
+        if self.growth == Growth::Live {
+            self.file = None;
+        }
+    }
+
+    /// Records that were handed out so far.
+    pub fn records(&self) -> u64 {
+        self.next
+    }
+
+    /// Reads what is new and hands it to `take`, in order. Blocks; on a path pool only. A manifest that is
+    /// not fully created yet has nothing new.
+    pub fn poll(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
+        if self.growth == Growth::Final {
+            return Ok(());
+        }
+        let files = home.backend.files();
+        if self.file.is_none() {
+            self.file = Some(files.open(&self.path, home.open_how(Access::Read))?);
+        }
+        let polled = self.poll_open(home, take);
+        if self.name.fence == Fence::Fenced && polled.is_ok() {
+            self.growth = Growth::Final;
+        }
+        // A buffered descriptor on a network file system shows old bytes for seconds: opening again is
+        // what revalidates.
+        if self.growth == Growth::Final || !home.can_hold() || polled.is_err() {
+            self.file = None;
+        }
+        polled.map_err(|error| error.at(&self.path))
+    }
+
+    fn poll_open(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
+        let Some(file) = self.file.clone() else { return Ok(()) };
+        let files = home.backend.files();
+        let mut pages = Pages::new(RECORD_PAGE_FIRST as usize);
+        let first = if self.header.is_none() { 0 } else { HEAD_PAGE_FIRST };
+        let count = (RECORD_PAGE_FIRST - first) as usize;
+        let offset = u64::from(first) * PAGE as u64;
+        let got = pages.read_from(&**files, &file, offset, first as usize, count)?;
+        if got < count * PAGE {
+            // Just being created, or truncated by whoever reclaims it.
+            return Ok(());
+        }
+        if self.header.is_none() && !self.read_header(home, &pages.bytes()[..PAGE])? {
+            return Ok(());
+        }
+        let Some((head, at)) = self.newest_head(pages.bytes()) else { return Ok(()) };
+        if head.commit == self.commit {
+            return Ok(());
+        }
+        self.read_full_pages(home, &file, head.page, take)?;
+        let page = &pages.bytes()[at * PAGE..][..PAGE];
+        for index in 0..head.count as usize {
+            self.take_record(head_record(page, index), sequence_of(head.page, index), take);
+        }
+        self.commit = head.commit;
+        self.changed_at = boot_time();
+        Ok(())
+    }
+
+    /// Whether the header is there and is one of ours.
+    fn read_header(&mut self, home: &Home, page: &[u8]) -> Result<bool> {
+        let header = match ManifestHeader::decode(page) {
+            Ok(header) => header,
+            Err(Refused::Version(version)) => {
+                self.growth = Growth::Final;
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("format version {version} is newer than this program; update it"),
+                ));
+            }
+            Err(_) => return Ok(false),
+        };
+        let ours = header.fingerprint == home.layout.fingerprint
+            && header.part_bytes == home.layout.part_bytes
+            && header.writer == self.name.writer
+            && header.epoch == self.name.epoch;
+        if !ours {
+            self.growth = Growth::Final;
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the manifest belongs to another namespace or was renamed; remove it",
+            ));
+        }
+        self.header = Some(header);
+        Ok(true)
+    }
+
+    /// The valid head page with the higher count: a torn one leaves the other.
+    fn newest_head(&self, pages: &[u8]) -> Option<(Head, usize)> {
+        (HEAD_PAGE_FIRST as usize..RECORD_PAGE_FIRST as usize)
+            .filter_map(|at| Some((Head::decode(&pages[at * PAGE..][..PAGE]).ok()?, at)))
+            .filter(|(head, at)| {
+                head.place() as usize == *at
+                    && head.writer == self.name.writer
+                    && head.epoch == self.name.epoch
+            })
+            .max_by_key(|(head, _)| head.commit)
+    }
+
+    fn read_full_pages(
+        &mut self,
+        home: &Home,
+        file: &File,
+        end: u32,
+        take: &mut dyn FnMut(&Record),
+    ) -> Result<()> {
+        if self.page >= end {
+            return Ok(());
+        }
+        let mut chunk = Pages::new((end - self.page).min(CHUNK_PAGES) as usize);
+        while self.page < end {
+            let count = (end - self.page).min(CHUNK_PAGES) as usize;
+            let offset = u64::from(self.page) * PAGE as u64;
+            let got = chunk.read_from(&**home.backend.files(), file, offset, 0, count)? / PAGE;
+            if got == 0 {
+                return Err(Error::new(ErrorKind::Corrupt, "the manifest is shorter than it says"));
+            }
+            for (index, bytes) in chunk.bytes()[..got * PAGE].chunks_exact(RECORD_BYTES).enumerate()
+            {
+                let page = self.page + (index / RECORDS_PER_PAGE) as u32;
+                self.take_record(bytes, sequence_of(page, index % RECORDS_PER_PAGE), take);
+            }
+            self.page += got as u32;
+        }
+        Ok(())
+    }
+
+    /// A bad record before a good one is skipped and counted, never taken as the end.
+    fn take_record(&mut self, bytes: &[u8], sequence: u64, take: &mut dyn FnMut(&Record)) {
+        if sequence < self.next || self.growth == Growth::Final {
+            return;
+        }
+        self.next = sequence + 1;
+        let seal = record_seal(self.name.writer, self.name.epoch);
+        match Record::decode(&seal, bytes) {
+            Decoded::Record(record) if record.sequence == sequence => {
+                let closes = record.kind == Kind::Seal && record.segment == SEAL_MANIFEST;
+                let continues = record.kind == Kind::Epoch && record.segment > self.name.epoch;
+                if closes || continues {
+                    self.growth = Growth::Final;
+                }
+                take(&record);
+            }
+            Decoded::Skip => {}
+            Decoded::Unknown(kind) => {
+                crate::log::warning(format_args!(
+                    "{}: record kind {kind} is newer than this program, which cannot read on; update it",
+                    self.path.display()
+                ));
+                self.growth = Growth::Final;
+            }
+            Decoded::Record(_) | Decoded::Bad => self.bad_records += 1,
+        }
+    }
+}

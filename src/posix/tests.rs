@@ -1,0 +1,4 @@
+//! Tests of the whole tier, over real files and over the seeded disk.
+
+mod round_trip;
+mod world;
