@@ -3,11 +3,13 @@
 
 mod ghost;
 pub mod policy;
+pub mod shared;
 pub mod slots;
 
 #[cfg(test)]
 mod policy_tests;
 
 pub use policy::S3Fifo;
+pub use shared::{SharedReader, SharedScope, SharedWriter};
 pub use slots::Slots;
 pub mod shared;

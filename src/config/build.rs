@@ -45,6 +45,7 @@ pub(super) fn build(options: &Options) -> Result<Config> {
         device: device(options.word("device")),
         device_id,
         namespace: namespace(options, &geometry, &mut warnings),
+        instance: options.text("unique_id"),
         io_engine: match options.word("io_engine") {
             "io_uring" => IoEngine::IoUring,
             "psync" => IoEngine::Psync,

@@ -276,6 +276,13 @@ pub static KEYS: &[Key] = &[
         "",
         "Name of the order of bytes inside a part. Stores with other orders keep their blocks in a namespace beside this one.",
     ),
+    store(
+        "unique_id",
+        Kind::Text(256),
+        "",
+        "",
+        "Name of the engine instance on this host: a lookup-only store sees what is in the DRAM of transferring stores with the same name. Blocks on storage are shared whatever it is.",
+    ),
     // Input and output.
     Key {
         name: "io_engine",
@@ -461,7 +468,6 @@ pub static KEYS: &[Key] = &[
 
 /// Keys of upstream UCM that mean nothing here, and why.
 pub static UPSTREAM_KEYS: &[(&str, &str)] = &[
-    ("unique_id", "stores find each other by the namespace (model_id and what goes with it)"),
     ("store_backend", "the pipeline is built by the store"),
     ("role", "a store both saves and loads; device_id -1 makes it lookup only"),
     (

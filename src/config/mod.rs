@@ -167,6 +167,8 @@ pub struct Config {
     pub geometry: Geometry,
     /// Who shares.
     pub namespace: Namespace,
+    /// Name of the engine instance, for DRAM hits of lookup-only stores (`unique_id`).
+    pub instance: String,
     /// I/O engine.
     pub io_engine: IoEngine,
     /// Page-cache bypass.

@@ -96,7 +96,6 @@ hit_ratio: 0.9
         "posix_io_engine: aio",
         "posix_gc_concurrency",
         "posix_data_trans_concurrency",
-        "unique_id",
         "yuanrong_port",
         "ucm_sparse_config",
         "load_only_first_rank",
@@ -105,7 +104,7 @@ hit_ratio: 0.9
         let told = config.warnings.iter().filter(|warning| warning.contains(key)).count();
         assert_eq!(told, 1, "{key}: {:?}", config.warnings);
     }
-    assert_eq!(config.warnings.len(), 11, "{:?}", config.warnings);
+    assert_eq!(config.warnings.len(), 10, "{:?}", config.warnings);
 }
 
 #[test]
