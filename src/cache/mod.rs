@@ -10,6 +10,5 @@ pub mod slots;
 mod policy_tests;
 
 pub use policy::S3Fifo;
-pub use shared::{SharedReader, SharedScope, SharedWriter};
+pub use shared::{SharedReaders, SharedScope, SharedTable};
 pub use slots::Slots;
-pub mod shared;

@@ -10,7 +10,7 @@ use super::engine::Engine;
 use super::fresh::Fresh;
 use super::regions::Regions;
 use crate::block::PartKey;
-use crate::cache::shared::{SharedReaders, SharedTable};
+use crate::cache::shared::{SharedReaders, SharedScope, SharedTable};
 use crate::clock::Clock;
 use crate::completion::CompletionQueue;
 use crate::config::{Config, Facility, NumaPolicy, Storage};
@@ -281,14 +281,11 @@ fn open_shared(config: &Config) -> Shared {
     if !config.pipeline.cache {
         return Shared::None;
     }
+    let scope = SharedScope::new(&config.namespace, &config.instance);
     if config.is_lookup_only() {
-        return Shared::Readers(SharedReaders::new(&config.namespace));
+        return Shared::Readers(SharedReaders::new(&scope));
     }
-    match SharedTable::create(
-        &config.namespace,
-        config.geometry.part_index,
-        slot_count(config) as u32,
-    ) {
+    match SharedTable::create(&scope, slot_count(config) as u32) {
         Ok(table) => Shared::Writer(Mutex::new(table)),
         Err(error) => {
             log::once(

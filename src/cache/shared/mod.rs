@@ -2,9 +2,9 @@
 //! the host see DRAM hits: in an inference server the scheduler looks up and the workers transfer, in
 //! processes of their own.
 //!
-//! A [`SharedWriter`] alone writes its table; a [`SharedReader`] maps the tables of its namespace and
-//! instance read-only. Readers take no lock and make no system call for a key; one `poll` a view tells
-//! whether the writers live. A dead or closed writer's table says nothing any more, and the next writer of
+//! A [`SharedTable`] alone writes its table; a [`SharedReaders`] maps the tables of its namespace and
+//! instance read-only. Readers make no system call for a key; one `poll` a [`View`] tells whether the
+//! writers live. A dead or closed writer's table says nothing any more, and the next writer of
 //! the user removes it. Knows keys, not slots or bytes.
 
 mod process;
@@ -15,15 +15,13 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use crate::block::Namespace;
 
-pub use reader::{SharedReader, View};
-pub use writer::SharedWriter;
+pub use reader::{SharedReaders, View};
+pub use writer::SharedTable;
 
-/// Where tables lie: memory, not a disk, whatever the mount options of `/tmp` are.
-pub fn default_directory() -> PathBuf {
-    PathBuf::from("/dev/shm")
-}
+/// Where tables lie: memory, not a disk, whatever `/tmp` is.
+const DIRECTORY: &str = "/dev/shm";
 
 /// Whose tables a store reads and writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +33,11 @@ pub struct SharedScope {
 }
 
 impl SharedScope {
+    /// Of the stores of a namespace in one engine instance.
+    pub fn new(namespace: &Namespace, instance: &str) -> Self {
+        Self { fingerprint: namespace.fingerprint(), instance: instance.to_owned() }
+    }
+
     /// How the file names of this scope begin.
     fn prefix(&self) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("ucm 2026 shared cache table v1");

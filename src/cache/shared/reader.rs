@@ -1,24 +1,28 @@
-//! The side that reads: all tables of one scope. Finds new ones when told to scan; believes none whose
-//! writer is dead or closed.
+//! The side that reads: all tables of one scope. Finds new ones as time goes by; believes none whose writer
+//! is dead or has closed.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 
 use crate::block::{PAGE, PartKey};
-use crate::error::Result;
 
-use super::SharedScope;
 use super::process::{self, Process};
 use super::table::{Access, MAGIC, Table, Words, bytes_of};
+use super::{DIRECTORY, SharedScope};
 
 /// Most tables of one scope: ranks of one host.
 const TABLES_MAX: usize = 256;
+/// How often new tables are looked for, while somebody asks.
+const SCAN_INTERVAL: Duration = Duration::from_millis(100);
+/// How old the knowledge of the writers' lives may be for a single question.
+const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// Anything with more buckets is no table of ours.
 const BUCKETS_MAX: u64 = 1 << 28;
 
@@ -31,65 +35,69 @@ struct Open {
     watch: Option<OwnedFd>,
 }
 
-/// What is in the DRAM of the transferring stores of a scope.
-#[derive(Debug)]
-pub struct SharedReader {
-    directory: PathBuf,
-    prefix: String,
-    here: Process,
-    tables: RwLock<Arc<Vec<Arc<Open>>>>,
+impl Open {
+    fn holds(&self, words: Words) -> bool {
+        self.table.contains(words) && !self.table.is_closed()
+    }
 }
 
-impl SharedReader {
-    /// The tables that are there now; later ones are found by [`SharedReader::scan`].
-    ///
-    /// # Errors
-    /// Where `/proc` does not say who this process is.
-    pub fn open(directory: &Path, scope: &SharedScope) -> Result<Self> {
-        let reader = Self {
+/// What is in the DRAM of the transferring stores of a scope.
+#[derive(Debug)]
+pub struct SharedReaders {
+    directory: PathBuf,
+    prefix: String,
+    /// `None` where `/proc` does not say who this process is: then no table is believed.
+    here: Option<Process>,
+    tables: RwLock<Arc<Vec<Arc<Open>>>>,
+    opened: Instant,
+    /// Nanoseconds from `opened` to the last look at the writers' lives, and for new tables.
+    checked: AtomicU64,
+    scanned: AtomicU64,
+}
+
+impl SharedReaders {
+    /// The tables that are there now; later ones are found as time goes by.
+    pub fn new(scope: &SharedScope) -> Self {
+        Self::new_in(Path::new(DIRECTORY), scope)
+    }
+
+    /// As [`SharedReaders::new`], in another directory.
+    pub(super) fn new_in(directory: &Path, scope: &SharedScope) -> Self {
+        let readers = Self {
             directory: directory.to_path_buf(),
             prefix: scope.prefix(),
-            here: Process::current()?,
+            here: Process::current().ok(),
             tables: RwLock::default(),
+            opened: Instant::now(),
+            checked: AtomicU64::new(0),
+            scanned: AtomicU64::new(0),
         };
-        reader.scan();
-        Ok(reader)
+        readers.scan();
+        readers
     }
 
-    /// Looks for new tables and lets go of dead ones. Reads a directory: not for the lookup path.
-    pub fn scan(&self) {
-        let known = self.tables.read().clone();
-        let mut tables: Vec<_> = living(&known, &self.here);
-        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = entry.file_name();
-            let wanted = name.to_str().is_some_and(|name| name.starts_with(&self.prefix));
-            let path = entry.path();
-            if !wanted || tables.len() >= TABLES_MAX || tables.iter().any(|open| open.path == path)
-            {
-                continue;
-            }
-            if let Some(open) = self.open_living(path) {
-                tables.push(Arc::new(open));
+    /// Whether a store that lived a millisecond ago has this part in DRAM. For many keys at a time a
+    /// [`View`] is cheaper and sharper.
+    pub fn contains(&self, key: &PartKey) -> bool {
+        self.scan_in_time();
+        if is_due(&self.checked, self.opened, CHECK_INTERVAL)
+            && let Some(here) = &self.here
+        {
+            let known = self.tables.read().clone();
+            let left = living(&known, here);
+            if left.len() < known.len() {
+                *self.tables.write() = Arc::new(left);
             }
         }
-        *self.tables.write() = Arc::new(tables);
-    }
-
-    fn open_living(&self, path: PathBuf) -> Option<Open> {
-        let table = open_table(&path)?;
-        let writer = table.writer();
-        if table.is_closed() || !writer.is_visible_from(&self.here) || writer.is_gone(&self.here) {
-            return None;
-        }
-        let watch = writer.watch();
-        Some(Open { path, table, writer, watch })
+        let words = Words::of(key);
+        self.tables.read().iter().any(|open| open.holds(words))
     }
 
     /// What the living writers hold, for a batch of questions. One system call, however many tables.
     pub fn view(&self) -> View {
-        let tables = self.tables.read().clone();
-        View { tables: living(&tables, &self.here) }
+        self.scan_in_time();
+        let known = self.tables.read().clone();
+        View { tables: self.here.map_or_else(Vec::new, |here| living(&known, &here)) }
     }
 
     /// How many tables are mapped.
@@ -101,6 +109,53 @@ impl SharedReader {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Looks for new tables where the last look is a while ago. Shared memory is memory: reading its
+    /// directory takes microseconds, no I/O.
+    fn scan_in_time(&self) {
+        if is_due(&self.scanned, self.opened, SCAN_INTERVAL) {
+            self.scan();
+        }
+    }
+
+    /// Looks for new tables and lets go of dead ones.
+    pub(super) fn scan(&self) {
+        let Some(here) = self.here else { return };
+        let known = self.tables.read().clone();
+        let mut tables = living(&known, &here);
+        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        for entry in entries {
+            let name = entry.file_name();
+            let wanted = name.to_str().is_some_and(|name| name.starts_with(&self.prefix));
+            let path = entry.path();
+            if !wanted || tables.len() >= TABLES_MAX || tables.iter().any(|open| open.path == path)
+            {
+                continue;
+            }
+            if let Some(open) = open_living(path, &here) {
+                tables.push(Arc::new(open));
+            }
+        }
+        *self.tables.write() = Arc::new(tables);
+    }
+}
+
+/// Whether `interval` has passed since the last time somebody was told so; tells one caller.
+fn is_due(last: &AtomicU64, opened: Instant, interval: Duration) -> bool {
+    let now = opened.elapsed().as_nanos() as u64;
+    let before = last.load(Ordering::Relaxed);
+    now.saturating_sub(before) >= interval.as_nanos() as u64
+        && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+fn open_living(path: PathBuf, here: &Process) -> Option<Open> {
+    let table = open_table(&path)?;
+    let writer = table.writer();
+    if table.is_closed() || !writer.is_visible_from(here) || writer.is_gone(here) {
+        return None;
+    }
+    let watch = writer.watch();
+    Some(Open { path, table, writer, watch })
 }
 
 /// The tables whose writers lived when it was made. For one batch, not to be kept.
@@ -113,7 +168,7 @@ impl View {
     /// Whether a living store has this part in DRAM.
     pub fn contains(&self, key: &PartKey) -> bool {
         let words = Words::of(key);
-        self.tables.iter().any(|open| open.table.contains(words))
+        self.tables.iter().any(|open| open.holds(words))
     }
 }
 

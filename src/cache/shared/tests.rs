@@ -34,15 +34,15 @@ fn tables(directory: &Path) -> usize {
 fn a_reader_sees_what_the_writer_holds_and_nothing_after_it_closed() {
     // Goal: insert, remove, close, as seen from a reader that was open before and one that came later.
     let directory = tempfile::tempdir().unwrap();
-    let early = SharedReader::open(directory.path(), &scope()).unwrap();
+    let early = SharedReaders::new_in(directory.path(), &scope());
     assert!(!early.view().contains(&key(1, 0)));
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 100).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 100).unwrap();
     let mode = writer.path().metadata().unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     writer.insert(&key(1, 0));
     writer.insert(&key(1, 1));
     early.scan();
-    let late = SharedReader::open(directory.path(), &scope()).unwrap();
+    let late = SharedReaders::new_in(directory.path(), &scope());
     for reader in [&early, &late] {
         let view = reader.view();
         assert!(view.contains(&key(1, 0)) && view.contains(&key(1, 1)));
@@ -61,13 +61,13 @@ fn a_reader_sees_what_the_writer_holds_and_nothing_after_it_closed() {
 fn other_namespaces_and_instances_are_not_seen() {
     // Goal: DRAM of another engine, or with another content, is no hit.
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 10).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 10).unwrap();
     writer.insert(&key(1, 0));
     for other in [
         SharedScope { fingerprint: [8; 16], ..scope() },
         SharedScope { instance: "other".into(), ..scope() },
     ] {
-        let reader = SharedReader::open(directory.path(), &other).unwrap();
+        let reader = SharedReaders::new_in(directory.path(), &other);
         assert!(reader.is_empty() && !reader.view().contains(&key(1, 0)));
     }
 }
@@ -76,12 +76,12 @@ fn other_namespaces_and_instances_are_not_seen() {
 fn a_table_is_bounded() {
     // Goal: more keys than slots cannot be; what comes beyond is left out, and room is found again.
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 3).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 3).unwrap();
     (0..10).for_each(|number| writer.insert(&key(number, 0)));
     assert_eq!(writer.len(), 3);
     writer.remove(&key(0, 0));
     writer.insert(&key(9, 0));
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     let view = reader.view();
     let seen: Vec<_> = (0..10).filter(|number| view.contains(&key(*number, 0))).collect();
     assert_eq!(seen, [1, 2, 9]);
@@ -91,7 +91,7 @@ fn a_table_is_bounded() {
 fn files_that_are_no_tables_are_not_believed() {
     // Goal: short, foreign, readable-by-all and lying files are ignored; nothing is mapped beyond its end.
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 100).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 100).unwrap();
     writer.insert(&key(1, 0));
     let bytes = std::fs::read(writer.path()).unwrap();
     let prefix = scope().prefix();
@@ -110,7 +110,7 @@ fn files_that_are_no_tables_are_not_believed() {
     let mut elsewhere = bytes.clone();
     elsewhere[24..32].copy_from_slice(&1_u64.to_le_bytes());
     copy("f", &elsewhere, 0o600);
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     assert_eq!(reader.len(), 1, "only the writer's own");
 }
 
@@ -133,8 +133,8 @@ proptest! {
     ) {
         // Goal: against a set of the same bound, also where buckets overflow and are passed.
         let directory = tempfile::tempdir().unwrap();
-        let mut writer = SharedWriter::create(directory.path(), &scope(), bound).unwrap();
-        let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+        let mut writer = SharedTable::create_in(directory.path(), &scope(), bound).unwrap();
+        let reader = SharedReaders::new_in(directory.path(), &scope());
         let mut model = HashSet::new();
         for step in steps {
             match step {
@@ -165,9 +165,9 @@ fn readers_beside_a_busy_writer_never_lose_a_key_that_stays() {
     // Goal: while others come and go around them, keys that stay are always found, keys never written never.
     const STAY: u64 = 500;
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 1000).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 1000).unwrap();
     (0..STAY).for_each(|number| writer.insert(&key(number, 0)));
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     let (stop, looked) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|threads| {
         for _ in 0..2 {
@@ -202,7 +202,7 @@ fn readers_beside_a_busy_writer_never_lose_a_key_that_stays() {
 #[test]
 fn the_writer_process() {
     let Some(directory) = std::env::var_os(CHILD) else { return };
-    let mut writer = SharedWriter::create(Path::new(&directory), &scope(), 100).unwrap();
+    let mut writer = SharedTable::create_in(Path::new(&directory), &scope(), 100).unwrap();
     (0..50).for_each(|number| writer.insert(&key(number, 0)));
     std::fs::write(Path::new(&directory).join("ready"), b"").unwrap();
     std::thread::sleep(Duration::from_secs(60));
@@ -226,7 +226,7 @@ fn a_killed_writers_table_is_not_believed_and_is_removed_by_the_next() {
         assert!(start.elapsed() < Duration::from_secs(30), "the writer did not start");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     let view = reader.view();
     assert!((0..50).all(|number| view.contains(&key(number, 0))));
     assert!(!view.contains(&key(50, 0)));
@@ -239,8 +239,8 @@ fn a_killed_writers_table_is_not_believed_and_is_removed_by_the_next() {
     child.wait().unwrap();
     assert!(!reader.view().contains(&key(0, 0)));
     assert_eq!(tables(directory.path()), 2, "the table is still there");
-    assert!(SharedReader::open(directory.path(), &scope()).unwrap().is_empty());
-    let writer = SharedWriter::create(directory.path(), &scope(), 10).unwrap();
+    assert!(SharedReaders::new_in(directory.path(), &scope()).is_empty());
+    let writer = SharedTable::create_in(directory.path(), &scope(), 10).unwrap();
     assert_eq!(tables(directory.path()), 2, "the dead one is gone, the new one there");
     assert!(writer.path().exists());
 }
@@ -249,9 +249,9 @@ fn a_killed_writers_table_is_not_believed_and_is_removed_by_the_next() {
 fn a_forked_child_takes_nothing_with_it() {
     // Goal: a child that ends, destructors included, leaves its parent's table alone.
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), 10).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), 10).unwrap();
     writer.insert(&key(1, 0));
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     // SAFETY: the child only drops the writer, which in a child returns at once, and ends by _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -269,9 +269,9 @@ fn a_question_costs_nanoseconds() {
     // Goal: prints what a key costs a lookup; a release build keeps it under 200 ns with hits and misses.
     const KEYS: u64 = 20_000;
     let directory = tempfile::tempdir().unwrap();
-    let mut writer = SharedWriter::create(directory.path(), &scope(), KEYS as u32).unwrap();
+    let mut writer = SharedTable::create_in(directory.path(), &scope(), KEYS as u32).unwrap();
     (0..KEYS).for_each(|number| writer.insert(&key(number, 0)));
-    let reader = SharedReader::open(directory.path(), &scope()).unwrap();
+    let reader = SharedReaders::new_in(directory.path(), &scope());
     let keys: Vec<_> = (0..2 * KEYS).map(|number| key(number * 7 % (2 * KEYS), 0)).collect();
     let (mut hits, start) = (0, Instant::now());
     for batch in keys.chunks(256) {

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use super::process::Process;
 use super::reader::open_table;
 use super::table::{Access, MAGIC, Table, WAYS, Words, bytes_of};
-use super::{SharedScope, user_prefix};
+use super::{DIRECTORY, SharedScope, user_prefix};
 
 /// Most keys of a table, 8 GiB of it; a larger cache is one that nobody has.
 const KEYS_MAX: u32 = 1 << 27;
@@ -22,21 +22,27 @@ static SERIAL: AtomicU32 = AtomicU32::new(0);
 
 /// The table of what is in this store's DRAM.
 #[derive(Debug)]
-pub struct SharedWriter {
+pub struct SharedTable {
     table: Table,
     path: PathBuf,
     keys: u32,
     keys_max: u32,
+    closed: bool,
 }
 
-impl SharedWriter {
-    /// A table in `directory` for at most `keys_max` keys, the number of slots. Removes tables of dead
+impl SharedTable {
+    /// A table in shared memory for at most `keys_max` keys, the number of slots. Removes tables of dead
     /// writers of this user first.
     ///
     /// # Errors
     /// Where the directory takes no file of that size: the store works without, and lookup-only stores of
     /// the host see only what is on storage.
-    pub fn create(directory: &Path, scope: &SharedScope, keys_max: u32) -> Result<Self> {
+    pub fn create(scope: &SharedScope, keys_max: u32) -> Result<Self> {
+        Self::create_in(Path::new(DIRECTORY), scope, keys_max)
+    }
+
+    /// As [`SharedTable::create`], in another directory.
+    pub(super) fn create_in(directory: &Path, scope: &SharedScope, keys_max: u32) -> Result<Self> {
         if keys_max > KEYS_MAX {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
@@ -61,7 +67,7 @@ impl SharedWriter {
         header.boot.store(process.boot, Ordering::Relaxed);
         header.pid_namespace.store(process.namespace, Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
-        Ok(Self { table, path, keys: 0, keys_max })
+        Ok(Self { table, path, keys: 0, keys_max, closed: false })
     }
 
     fn map_new(path: &Path, buckets: usize) -> Result<Table> {
@@ -83,7 +89,7 @@ impl SharedWriter {
     /// more than the table holds is left out.
     pub fn insert(&mut self, key: &PartKey) {
         let words = Words::of(key);
-        if self.keys >= self.keys_max || self.locate(words).is_some() {
+        if self.closed || self.keys >= self.keys_max || self.locate(words).is_some() {
             return;
         }
         let buckets = self.table.buckets();
@@ -103,6 +109,9 @@ impl SharedWriter {
     /// The part leaves DRAM. To be called before its slot is given to another.
     pub fn remove(&mut self, key: &PartKey) {
         let words = Words::of(key);
+        if self.closed {
+            return;
+        }
         let Some((distance, way)) = self.locate(words) else { return };
         let buckets = self.table.buckets();
         let home = words.home(buckets);
@@ -111,6 +120,17 @@ impl SharedWriter {
             self.table.bucket((home + passed) & (buckets - 1)).pass(-1);
         }
         self.keys -= 1;
+    }
+
+    /// The DRAM of this store is gone: readers believe nothing of the table from now on, and the file goes.
+    pub fn close(&mut self) {
+        // A forked child has neither the mapping nor a right to the file.
+        if !self.closed && self.table.is_own() {
+            self.table.header().closed.store(1, Ordering::Release);
+            // Best effort: a name that stays is removed as a dead writer's by the next one.
+            let _ = fs::remove_file(&self.path);
+        }
+        self.closed = true;
     }
 
     /// How many keys the table holds.
@@ -145,14 +165,9 @@ impl SharedWriter {
     }
 }
 
-impl Drop for SharedWriter {
+impl Drop for SharedTable {
     fn drop(&mut self) {
-        // A forked child inherits neither the mapping nor the file.
-        if self.table.is_own() {
-            self.table.header().closed.store(1, Ordering::Release);
-            // Best effort: a name that stays is removed as a dead writer's by the next one.
-            let _ = fs::remove_file(&self.path);
-        }
+        self.close();
     }
 }
 
