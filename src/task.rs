@@ -302,7 +302,7 @@ impl Task {
         self.fail(&Error::new(ErrorKind::Cancelled, "the task was cancelled by its caller"));
     }
 
-    /// Whether everything is settled and no memory is claimed.
+    /// Whether the caller's memory is never touched again.
     pub fn is_released(&self) -> bool {
         released(&self.state.lock())
     }
@@ -471,7 +471,8 @@ impl Task {
         let tell_last = self.plan.notify.last
             && state.unsettled == 0
             && !std::mem::replace(&mut state.told_last, true);
-        let retire = released(&state) && !std::mem::replace(&mut state.retired, true);
+        let over = state.unsettled == 0 && state.held == 0;
+        let retire = over && !std::mem::replace(&mut state.retired, true);
         let copied = tell_copied.then(|| state.copy_error.clone().map_or(Ok(()), Err));
         let last = tell_last.then(|| state.error.clone().map_or(Ok(()), Err));
         drop(state);
@@ -494,8 +495,10 @@ impl Task {
     }
 }
 
+/// Nothing is claimed, and nothing that is left to do needs the caller's memory: a save may still be on
+/// its way to storage.
 fn released(state: &State) -> bool {
-    state.unsettled == 0 && state.held == 0
+    state.uncopied == 0 && state.held == 0
 }
 
 fn progress(state: &State, stage: Stage) -> Progress {

@@ -27,6 +27,7 @@ use crate::block::{BlockId, PartKey};
 use crate::completion::Completion;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::log::{self, Level};
 use crate::task::{Kind, Task};
 use engine::Engine;
 
@@ -92,6 +93,35 @@ impl Store {
     pub fn prefetch(&self, blocks: &[BlockId]) -> Result<()> {
         self.engine.check_open()?;
         self.engine.prefetch(blocks);
+        Ok(())
+    }
+
+    /// Tells all stores that these blocks, though announced, will not be saved. Returns at once; the
+    /// records follow as publishes do.
+    pub fn abandon(&self, blocks: &[BlockId]) -> Result<()> {
+        self.engine.check_open()?;
+        if let Some(tier) =
+            self.engine.tier.as_ref().filter(|_| !self.engine.config.is_lookup_only())
+        {
+            let told = |result: Result<()>| {
+                if let Err(error) = result {
+                    let text = format_args!("blocks could not be announced as abandoned: {error}");
+                    log::once(Level::Warning, "abandon", text);
+                }
+            };
+            tier.abandon(blocks, Box::new(told));
+        }
+        Ok(())
+    }
+
+    /// Sets `found[i]` to 1 where some writer has abandoned `blocks[i]`. Refreshes like a lookup.
+    pub fn lookup_abandoned(&self, blocks: &[BlockId], found: &mut [u8]) -> Result<()> {
+        self.engine.check_open()?;
+        self.engine.freshen();
+        for (block, found) in blocks.iter().zip(found) {
+            *found =
+                u8::from(self.engine.tier.as_ref().is_some_and(|tier| tier.is_abandoned(block)));
+        }
         Ok(())
     }
 

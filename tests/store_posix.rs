@@ -1,0 +1,437 @@
+//! The Posix tier through the store's door: what is saved by one store is loaded by another, byte for byte.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::*;
+use tempfile::TempDir;
+use ucm::error::ErrorKind;
+use ucm::store::Store;
+use ucm::task::Stage;
+
+const BLOCK: usize = 64 << 10;
+
+/// Every pipeline and engine that the promises hold for.
+const VARIANTS: [(&str, &str); 4] = [
+    ("Cache|Posix", "io_uring"),
+    ("Cache|Posix", "psync"),
+    ("Posix", "io_uring"),
+    ("Posix", "psync"),
+];
+
+fn store_in(directory: &Path, extra: &[(&str, &str)]) -> Arc<Store> {
+    let directory = directory.to_str().unwrap();
+    let mut pairs = vec![
+        ("storage_backends", directory),
+        ("cache_buffer_capacity_gb", "0.01"),
+        ("block_size", "65536"),
+        ("segment_size_mb", "8"),
+        ("lookup_refresh_ms", "20"),
+    ];
+    pairs.retain(|(key, _)| !extra.iter().any(|(other, _)| key == other));
+    pairs.extend(extra);
+    open(&pairs)
+}
+
+fn is_present(store: &Store, number: u64) -> bool {
+    let mut found = [9];
+    store.lookup(&[id(number)], &mut found).unwrap();
+    found[0] == 1
+}
+
+/// Files below `directory` whose path has `part` in it.
+fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files(&path, part));
+        } else if path.to_str().unwrap().contains(part) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Goal: for every pipeline and engine, a store opened later and one that was open before both load what
+/// was saved, and miss what was not.
+#[test]
+fn other_stores_load_what_was_saved() {
+    for (pipeline, engine) in VARIANTS {
+        let directory = TempDir::new().unwrap();
+        let extra = [("store_pipeline", pipeline), ("io_engine", engine)];
+        let before = store_in(directory.path(), &extra);
+        let writer = store_in(directory.path(), &extra);
+        let numbers: Vec<u64> = (0..40).collect();
+        save_blocks(&writer, &numbers, BLOCK);
+        before.refresh(None).unwrap();
+        assert_eq!(
+            before.lookup_prefix(&numbers.iter().map(|n| id(*n)).collect::<Vec<_>>()).unwrap(),
+            40
+        );
+        assert_eq!(
+            load_blocks(&before, &[39, 0, 99, 7], BLOCK),
+            [(99, ErrorKind::NotFound)],
+            "{pipeline} {engine}"
+        );
+        writer.close();
+        let after = store_in(directory.path(), &extra);
+        assert_eq!(load_blocks(&after, &numbers, BLOCK), [], "{pipeline} {engine}");
+    }
+}
+
+/// Goal: without a refresh a reader sees a published block within `lookup_refresh_ms`, idle before or not.
+#[test]
+fn readers_see_published_blocks_within_the_refresh_time() {
+    let directory = TempDir::new().unwrap();
+    let (writer, reader) =
+        (store_in(directory.path(), &[]), store_in(directory.path(), &[("device_id", "-1")]));
+    assert!(!is_present(&reader, 1));
+    save_blocks(&writer, &[1], BLOCK);
+    std::thread::sleep(Duration::from_millis(25));
+    assert!(is_present(&reader, 1));
+}
+
+/// Goal: a load of an id that nobody knows yet refreshes once before it says NOT_FOUND.
+#[test]
+fn a_load_of_an_unknown_block_refreshes_first() {
+    let directory = TempDir::new().unwrap();
+    let slow = [("lookup_refresh_ms", "3600000")];
+    let (reader, writer) = (store_in(directory.path(), &slow), store_in(directory.path(), &[]));
+    save_blocks(&writer, &[1], BLOCK);
+    assert_eq!(load_blocks(&reader, &[1, 2], BLOCK), [(2, ErrorKind::NotFound)]);
+}
+
+fn save_layerwise(
+    store: &Store,
+    number: u64,
+    shard_bytes: usize,
+    order: impl Iterator<Item = usize>,
+) {
+    for shard in order {
+        let mut pages = Pages::new(1, shard_bytes);
+        pages.fill(0, number, shard * shard_bytes);
+        let address = [pages.address(0, 0)];
+        let task = save(store, &[id(number)], Some(&[shard as u32]), &address).unwrap();
+        done(&task, Stage::Copied);
+        if shard == 0 {
+            // The last of these orders: everything is in.
+            done(&task, Stage::Persisted);
+        }
+    }
+}
+
+fn load_layerwise(store: &Store, number: u64, shard_bytes: usize, shards: usize) {
+    for shard in 0..shards {
+        let mut pages = Pages::new(1, shard_bytes);
+        let address = [pages.address(0, 0)];
+        let task = load(store, &[id(number)], Some(&[shard as u32]), &address).unwrap();
+        done(&task, Stage::Loaded);
+        assert_eq!(pages.wrong(0, number, shard * shard_bytes), None, "shard {shard}");
+    }
+}
+
+/// Goal: layer-wise and whole-part stores share, in both directions and with different shard sizes.
+#[test]
+fn layerwise_and_whole_part_stores_share() {
+    for (pipeline, engine) in VARIANTS {
+        let directory = TempDir::new().unwrap();
+        let extra = [("store_pipeline", pipeline), ("io_engine", engine)];
+        let with = |shard| {
+            let mut extra = extra.to_vec();
+            extra.push(("shard_size", shard));
+            store_in(directory.path(), &extra)
+        };
+        let (whole, eights, fours) = (with("65536"), with("8192"), with("16384"));
+        save_layerwise(&eights, 1, 8192, (0..8).rev());
+        save_blocks(&whole, &[2], BLOCK);
+        assert_eq!(load_blocks(&whole, &[1], BLOCK), []);
+        load_layerwise(&fours, 1, 16384, 4);
+        load_layerwise(&eights, 2, 8192, 8);
+        load_layerwise(&fours, 2, 16384, 4);
+        for store in [&whole, &eights, &fours] {
+            assert!(is_present(store, 1) && is_present(store, 2));
+        }
+    }
+}
+
+/// Goal: a block is present when all its parts are; TP 8 saves, TP 4, TP 2 and a lookup-only store read.
+#[test]
+fn tensor_parallel_sizes_share_a_namespace() {
+    let directory = TempDir::new().unwrap();
+    let rank = |index: usize, owned: usize| {
+        let (index, size, owned) =
+            (index.to_string(), (8192 * owned).to_string(), owned.to_string());
+        let extra = [
+            ("part_count", "8"),
+            ("part_index", &index),
+            ("parts_owned", &owned),
+            ("block_size", &size),
+            ("shard_size", "8192"),
+        ];
+        store_in(directory.path(), &extra)
+    };
+    let lookup = [("part_count", "8"), ("block_size", "8192"), ("device_id", "-1")];
+    let scheduler = store_in(directory.path(), &lookup);
+    for part in 0..8 {
+        assert!(!is_present(&scheduler, 5), "present with {part} of 8 parts");
+        let store = rank(part, 1);
+        let mut pages = Pages::new(1, 8192);
+        pages.fill(0, 5, part * 8192);
+        let address = [pages.address(0, 0)];
+        let task = save(&store, &[id(5)], None, &address).unwrap();
+        done(&task, Stage::Persisted);
+        scheduler.refresh(None).unwrap();
+    }
+    assert!(is_present(&scheduler, 5));
+    assert!(is_present(&rank(3, 1), 5), "a store that transfers can look up whole blocks too");
+    for owned in [2, 4] {
+        for first in (0..8).step_by(owned) {
+            let store = rank(first, owned);
+            let mut pages = Pages::new(owned, 8192);
+            let addresses: Vec<_> = (0..owned).map(|shard| pages.address(shard, 0)).collect();
+            let shards: Vec<u32> = (0..owned as u32).collect();
+            let task = load(&store, &vec![id(5); owned], Some(&shards), &addresses).unwrap();
+            done(&task, Stage::Loaded);
+            for shard in 0..owned {
+                assert_eq!(pages.wrong(shard, 5, (first + shard) * 8192), None);
+            }
+        }
+    }
+    // A shard may also cover all the parts that a store owns.
+    let wide = [
+        ("part_count", "8"),
+        ("part_index", "4"),
+        ("parts_owned", "2"),
+        ("block_size", "16384"),
+        ("shard_size", "16384"),
+    ];
+    let store = store_in(directory.path(), &wide);
+    let mut pages = Pages::new(1, 16384);
+    let address = [pages.address(0, 0)];
+    let task = load(&store, &[id(5)], None, &address).unwrap();
+    done(&task, Stage::Loaded);
+    assert_eq!(pages.wrong(0, 5, 4 * 8192), None);
+}
+
+/// Goal: saving what is present costs no I/O, in this process or another.
+#[test]
+fn saving_what_is_present_costs_no_io() {
+    let directory = TempDir::new().unwrap();
+    let store = store_in(directory.path(), &[]);
+    save_blocks(&store, &[1, 2], BLOCK);
+    let other = store_in(directory.path(), &[]);
+    for store in [&store, &other] {
+        let before = files(directory.path(), "segments").len();
+        save_blocks(store, &[1, 2], BLOCK);
+        assert_eq!(files(directory.path(), "segments").len(), before);
+        assert!(
+            store.metrics().unwrap().contains("ucm_save_skipped_total 2"),
+            "{}",
+            store.metrics().unwrap()
+        );
+    }
+}
+
+/// Overwrites bytes of every segment at each place where block `number`'s first bytes are found.
+fn damage(directory: &Path, number: u64) {
+    let needle: Vec<u8> = (0..64).map(|at| expected(number, at)).collect();
+    let mut hits = 0;
+    for path in files(directory, "segments") {
+        let mut bytes = std::fs::read(&path).unwrap();
+        if let Some(at) = bytes.windows(64).position(|window| window == needle) {
+            bytes[at + 5] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            hits += 1;
+        }
+    }
+    assert_eq!(hits, 1, "block {number} is on storage once");
+}
+
+/// Goal: a damaged block is CORRUPT, its neighbours load, lookup stops promising it, and it can be saved anew.
+#[test]
+fn a_damaged_block_is_corrupt_and_can_be_saved_again() {
+    for (pipeline, engine) in VARIANTS {
+        let directory = TempDir::new().unwrap();
+        let extra = [("store_pipeline", pipeline), ("io_engine", engine)];
+        let writer = store_in(directory.path(), &extra);
+        save_blocks(&writer, &[1, 2, 3], BLOCK);
+        writer.close();
+        damage(directory.path(), 2);
+        let reader = store_in(directory.path(), &extra);
+        assert!(is_present(&reader, 2));
+        assert_eq!(
+            load_blocks(&reader, &[1, 2, 3], BLOCK),
+            [(2, ErrorKind::Corrupt)],
+            "{pipeline} {engine}"
+        );
+        assert!(
+            !is_present(&reader, 2),
+            "{pipeline} {engine}: a failed load leaves a lookup that says no"
+        );
+        save_blocks(&reader, &[2], BLOCK);
+        assert_eq!(load_blocks(&reader, &[1, 2, 3], BLOCK), []);
+        let fresh = store_in(directory.path(), &extra);
+        assert_eq!(load_blocks(&fresh, &[1, 2, 3], BLOCK), [], "{pipeline} {engine}");
+    }
+}
+
+/// Goal: segments that were truncated or removed are misses, never bytes.
+#[test]
+fn truncated_and_missing_segments_are_misses() {
+    let directory = TempDir::new().unwrap();
+    let writer = store_in(directory.path(), &[]);
+    save_blocks(&writer, &(0..10).collect::<Vec<_>>(), BLOCK);
+    writer.close();
+    for segment in files(directory.path(), "segments") {
+        std::fs::OpenOptions::new().write(true).open(segment).unwrap().set_len(5 * 65536).unwrap();
+    }
+    let reader = store_in(directory.path(), &[]);
+    let failed = load_blocks(&reader, &(0..10).collect::<Vec<_>>(), BLOCK);
+    assert!(failed.len() >= 5 && failed.len() < 10, "{failed:?}");
+    for segment in files(directory.path(), "segments") {
+        std::fs::remove_file(segment).unwrap();
+    }
+    let reader = store_in(directory.path(), &[]);
+    assert_eq!(load_blocks(&reader, &(0..10).collect::<Vec<_>>(), BLOCK).len(), 10);
+}
+
+/// Goal: of several directories each takes a share, and one that is gone takes only its own blocks with it.
+#[test]
+fn a_failing_directory_takes_only_its_own_blocks() {
+    let (one, two) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let both = format!("{}:{}", one.path().display(), two.path().display());
+    let extra = [("storage_backends", both.as_str()), ("segment_size_mb", "1")];
+    let numbers: Vec<u64> = (0..100).collect();
+    let writer = store_in(one.path(), &extra);
+    save_blocks(&writer, &numbers, BLOCK);
+    writer.close();
+    for segment in files(two.path(), "segments") {
+        std::fs::remove_file(segment).unwrap();
+    }
+    let reader = store_in(one.path(), &extra);
+    let failed = load_blocks(&reader, &numbers, BLOCK).len();
+    assert!((20..=80).contains(&failed), "{failed} of 100 lost with one of two directories");
+}
+
+/// Goal: registered memory is read and written without a bounce, byte for byte, and cannot be
+/// unregistered while it is used.
+#[test]
+fn registered_memory_is_a_direct_target() {
+    let directory = TempDir::new().unwrap();
+    let store = store_in(directory.path(), &[]);
+    let mut pages = Pages::new(8, BLOCK);
+    let (base, length) = (pages.base(), pages.length());
+    // SAFETY: the pages outlive the store's use of them.
+    unsafe { store.register_memory(base.cast(), length) }.unwrap();
+    let ids: Vec<_> = (0..8).map(id).collect();
+    let addresses: Vec<_> = (0..8).map(|index| pages.address(index, 0)).collect();
+    (0..8).for_each(|index| pages.fill(index, index as u64, 0));
+    let task = save(&store, &ids, None, &addresses).unwrap();
+    done(&task, Stage::Persisted);
+    done(&task, Stage::Released);
+    pages.clear();
+    let task = load(&store, &ids, None, &addresses).unwrap();
+    done(&task, Stage::Loaded);
+    assert!((0..8).all(|index| pages.wrong(index, index as u64, 0).is_none()));
+    assert_eq!(store.stats().unwrap().slots_used, 0, "nothing went through the arena");
+    store.unregister_memory(base.cast()).unwrap();
+    assert_eq!(
+        store.unregister_memory(base.cast()).unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
+    let other = store_in(directory.path(), &[]);
+    assert_eq!(load_blocks(&other, &(0..8).collect::<Vec<_>>(), BLOCK), []);
+}
+
+/// Goal: prefetch brings blocks into DRAM; a load of them then does no I/O.
+#[test]
+fn prefetched_blocks_are_loaded_from_dram() {
+    let directory = TempDir::new().unwrap();
+    let writer = store_in(directory.path(), &[]);
+    save_blocks(&writer, &[1, 2, 3], BLOCK);
+    let reader = store_in(directory.path(), &[]);
+    reader.prefetch(&[id(1), id(2), id(3), id(4)]).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while reader.stats().unwrap().slots_used < 3
+        || reader.metrics().unwrap().contains("ucm_slots_busy 3")
+    {
+        assert!(Instant::now() < until, "prefetch never came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(load_blocks(&reader, &[1, 2, 3], BLOCK), []);
+    let stats = reader.stats().unwrap();
+    assert_eq!((stats.cache_hits, stats.cache_misses), (3, 0));
+}
+
+/// Goal: many more blocks than slots, in one batch, both ways.
+#[test]
+fn batches_larger_than_the_arena_flow_through_it() {
+    for (pipeline, engine) in VARIANTS {
+        let directory = TempDir::new().unwrap();
+        let extra = [
+            ("store_pipeline", pipeline),
+            ("io_engine", engine),
+            ("cache_buffer_capacity_gb", "0.0006"),
+        ];
+        let store = store_in(directory.path(), &extra);
+        assert!(store.stats().unwrap().slots < 40);
+        let numbers: Vec<u64> = (0..200).collect();
+        save_blocks(&store, &numbers, BLOCK);
+        assert_eq!(load_blocks(&store, &numbers, BLOCK), [], "{pipeline} {engine}");
+    }
+}
+
+/// Goal: parts of odd sizes (not a multiple of the page, smaller than a page) keep their bytes.
+#[test]
+fn parts_of_odd_sizes_keep_their_bytes() {
+    for bytes in [1usize, 100, 4095, 4097, 70_000] {
+        let directory = TempDir::new().unwrap();
+        let size = bytes.to_string();
+        let store = store_in(directory.path(), &[("block_size", &size)]);
+        save_blocks(&store, &[1, 2, 3], bytes);
+        let other = store_in(directory.path(), &[("block_size", &size)]);
+        assert_eq!(load_blocks(&other, &[3, 1, 2], bytes), [], "{bytes}");
+    }
+}
+
+/// Goal: stores of different namespaces in one directory do not see each other.
+#[test]
+fn namespaces_are_apart() {
+    let directory = TempDir::new().unwrap();
+    let base = store_in(directory.path(), &[]);
+    save_blocks(&base, &[1], BLOCK);
+    for (key, value) in [
+        ("model_id", "other"),
+        ("dtype", "fp8"),
+        ("block_tokens", "64"),
+        ("namespace_extra", "x"),
+        ("order", "other"),
+        ("part_count", "2"),
+    ] {
+        let other = store_in(directory.path(), &[(key, value)]);
+        assert!(!is_present(&other, 1), "{key}");
+    }
+}
+
+/// Goal: everything on storage is for its owner alone.
+#[test]
+fn files_are_for_their_owner_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let parent = TempDir::new().unwrap();
+    let directory = parent.path().join("new");
+    let store = store_in(&directory, &[]);
+    save_blocks(&store, &[1], BLOCK);
+    assert_eq!(std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777, 0o700);
+    for file in files(&directory, "") {
+        assert_eq!(
+            std::fs::metadata(&file).unwrap().permissions().mode() & 0o077,
+            0,
+            "{}",
+            file.display()
+        );
+    }
+}
