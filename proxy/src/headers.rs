@@ -45,10 +45,12 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// The client's headers as the servers get them. Returns the request's id beside them.
+/// The client's headers as the servers get them, without the body's length, which follows from the
+/// body that is sent. Returns the request's id beside them.
 pub fn toward_servers(client: &HeaderMap, key: Option<&HeaderValue>) -> (HeaderMap, HeaderValue) {
     let mut headers = client.clone();
     strip_hop_by_hop(&mut headers);
+    headers.remove(CONTENT_LENGTH);
     let has_credentials = headers.contains_key(AUTHORIZATION) || headers.contains_key(X_API_KEY);
     if let (false, Some(key)) = (has_credentials, key) {
         headers.insert(AUTHORIZATION, key.clone());
@@ -65,7 +67,7 @@ pub fn toward_servers(client: &HeaderMap, key: Option<&HeaderValue>) -> (HeaderM
 /// come compressed. With several legs each gets an id of its own, since servers name requests by it.
 pub fn for_leg(headers: &HeaderMap, leg: usize) -> HeaderMap {
     let mut headers = headers.clone();
-    for name in [CONTENT_LENGTH, CONTENT_ENCODING, ACCEPT_ENCODING] {
+    for name in [CONTENT_ENCODING, ACCEPT_ENCODING] {
         headers.remove(name);
     }
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

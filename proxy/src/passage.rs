@@ -371,9 +371,7 @@ pub async fn servers_without(app: &App, response_id: &str, headers: &HeaderMap) 
     if members.len() < 2 {
         return Vec::new();
     }
-    let mut headers = headers.clone();
-    headers.remove(CONTENT_LENGTH);
-    let outgoing = Outgoing { method: Method::GET, target, headers };
+    let outgoing = Outgoing { method: Method::GET, target, headers: headers.clone() };
     let limit = app.settings.probe_timeout;
     let deadlines = Deadlines { connect: app.settings.connect_timeout.min(limit), head: limit };
     for member in &members {

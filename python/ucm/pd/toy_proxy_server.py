@@ -1,0 +1,58 @@
+"""``python3 toy_proxy_server.py ...``: starts ``ucm-proxy`` with the same arguments.
+
+The name is the one that people's scripts call; the proxy itself is a binary. It is looked for in
+this order: the file that the environment variable ``UCM_PROXY`` names, ``bin/ucm-proxy`` in the
+installed package, ``PATH``. Nothing but the standard library is imported, so that the file also
+runs by itself, without the package.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Final, NoReturn
+
+BINARY: Final = "ucm-proxy"
+ENVIRONMENT: Final = "UCM_PROXY"
+
+
+class BinaryNotFoundError(RuntimeError):
+    """There is no proxy binary to start."""
+
+
+def _is_program(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def find_binary() -> Path:
+    """The binary to start; raises `BinaryNotFoundError` with the places that were tried."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if _is_program(Path(named)):
+            return Path(named)
+        raise BinaryNotFoundError(f"{ENVIRONMENT} is {named!r}, which is no program")
+    packaged = Path(__file__).resolve().parent.parent / "bin" / BINARY
+    if _is_program(packaged):
+        return packaged
+    found = shutil.which(BINARY)
+    if found:
+        return Path(found)
+    raise BinaryNotFoundError(
+        f"the program {BINARY} is neither at {packaged} nor on PATH: install the wheel, or build "
+        f"it with `cargo build --release -p ucm-proxy` and set {ENVIRONMENT} to its path"
+    )
+
+
+def main() -> NoReturn:
+    """Becomes the proxy: signals and the exit status are the binary's own."""
+    try:
+        binary = find_binary()
+    except BinaryNotFoundError as error:
+        sys.exit(f"toy_proxy_server.py: {error}")
+    os.execv(binary, [str(binary), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
