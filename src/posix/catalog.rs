@@ -30,6 +30,8 @@ pub struct SegmentRef {
     pub name: SegmentName,
     /// Whether a RETIRE record was seen.
     pub retired: bool,
+    /// End of the last extent that was published in it, in pages; 0 where none was.
+    pub end_page: u32,
 }
 
 #[derive(Default)]
@@ -70,10 +72,16 @@ pub struct Intake<'a> {
     catalog: &'a Catalog,
     home: u16,
     writer: u64,
-    last: Option<(SegmentName, u32, bool)>,
+    last: Option<LastSegment>,
     retired: HashSet<u32>,
-    /// Segments of the writer that were named as live.
-    pub named: HashSet<u32>,
+}
+
+/// The segment of the record before, because neighbours mostly name the same one.
+struct LastSegment {
+    name: SegmentName,
+    handle: u32,
+    retired: bool,
+    end_page: u32,
 }
 
 impl Catalog {
@@ -106,7 +114,7 @@ impl Catalog {
         let mut table = self.segments.write();
         let table = &mut *table;
         *table.handles.entry((home, name)).or_insert_with(|| {
-            table.segments.push(SegmentRef { home, name, retired: false });
+            table.segments.push(SegmentRef { home, name, retired: false, end_page: 0 });
             table.segments.len() as u32
         })
     }
@@ -128,14 +136,7 @@ impl Catalog {
 
     /// Takes the records of one manifest of `writer`; retired segments leave the index when it is dropped.
     pub fn intake(&self, home: u16, writer: u64) -> Intake<'_> {
-        Intake {
-            catalog: self,
-            home,
-            writer,
-            last: None,
-            retired: HashSet::new(),
-            named: HashSet::new(),
-        }
+        Intake { catalog: self, home, writer, last: None, retired: HashSet::new() }
     }
 
     /// Puts a part where it can be found. Last one wins.
@@ -231,10 +232,6 @@ impl Intake<'_> {
                 let handle = self.handle_of(record);
                 self.retired.insert(handle);
             }
-            Kind::Seal if record.segment != crate::posix::format::SEAL_MANIFEST => {
-                let handle = self.own_handle(record).0;
-                self.named.insert(handle);
-            }
             Kind::Drop => {
                 let segment = self.handle_of(record);
                 let key = PartKey { block: record.block, part: record.part };
@@ -260,23 +257,33 @@ impl Intake<'_> {
         catalog.publish(&key, Found { location, checksum: record.checksum });
     }
 
-    /// Handle of a segment of this manifest's writer; neighbouring records mostly name the same one.
+    /// Handle of a segment of this manifest's writer, and whether it was retired.
     fn own_handle(&mut self, record: &Record) -> (u32, bool) {
         let name = SegmentName {
             writer: self.writer,
             number: record.segment,
             generation: record.generation,
         };
-        if let Some((last, handle, retired)) = self.last {
-            if last == name {
-                return (handle, retired);
-            }
+        let end = record.page.saturating_add(extent_pages(self.catalog.part_bytes));
+        if let Some(last) = self.last.as_mut().filter(|last| last.name == name) {
+            last.end_page = last.end_page.max(end);
+            return (last.handle, last.retired);
         }
+        self.note_end();
         let handle = self.catalog.intern(self.home, name);
         let retired = self.catalog.segment(handle).is_some_and(|segment| segment.retired);
-        self.named.insert(handle);
-        self.last = Some((name, handle, retired));
+        self.last = Some(LastSegment { name, handle, retired, end_page: end });
         (handle, retired)
+    }
+
+    /// Tells the table how far the last segment is published.
+    fn note_end(&mut self) {
+        if let Some(last) = self.last.take() {
+            let mut table = self.catalog.segments.write();
+            if let Some(segment) = table.segments.get_mut(last.handle as usize - 1) {
+                segment.end_page = segment.end_page.max(last.end_page);
+            }
+        }
     }
 
     /// Handle of the segment that a RETIRE or DROP means, which may be another writer's.
@@ -289,6 +296,7 @@ impl Intake<'_> {
 
 impl Drop for Intake<'_> {
     fn drop(&mut self) {
+        self.note_end();
         self.catalog.retire(&self.retired);
     }
 }

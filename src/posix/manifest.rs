@@ -175,6 +175,12 @@ impl Manifest {
         &self.path
     }
 
+    /// Gives back what was preallocated and not used. Blocks; after the last commit only.
+    pub fn trim(&self) -> Result<()> {
+        let page = self.state.lock().page;
+        self.home.backend.files().truncate(&self.file, u64::from(page) * PAGE as u64)
+    }
+
     /// Why it takes no more records, if so.
     pub fn latched(&self) -> Option<Error> {
         self.state.lock().latched.clone()

@@ -15,6 +15,7 @@ mod manifest;
 pub mod names;
 mod open_files;
 mod pages;
+mod recover;
 mod refresh;
 mod reply;
 mod saver;
@@ -28,6 +29,7 @@ mod tests;
 
 pub use home::TierConfig;
 pub use index::{Found, Location};
+pub use recover::Recovered;
 pub use saver::Extent;
 pub use stats::{BackendStats, TierStats};
 pub use tier::{Scope, Tail, Tier};

@@ -15,8 +15,9 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::posix::catalog::Catalog;
 use crate::posix::clock::{Clock, Ticket};
+use crate::posix::format::ManifestHeader;
 use crate::posix::home::Home;
-use crate::posix::names::{Fence, ManifestName};
+use crate::posix::names::ManifestName;
 use crate::posix::reply::Reply;
 use crate::posix::saver::Saver;
 use crate::posix::tail::{Growth, ManifestTail};
@@ -68,6 +69,21 @@ pub struct RefreshCounters {
     pub left_behind: AtomicU64,
     /// Manifests that could not be read in a round.
     pub unreadable: AtomicU64,
+}
+
+/// What is known of a manifest.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// Its name.
+    pub name: ManifestName,
+    /// Whether it can grow.
+    pub growth: Growth,
+    /// Its header, once read.
+    pub header: Option<ManifestHeader>,
+    /// Records of it that could not be read.
+    pub bad_records: u64,
+    /// How long it has been read again and again without change.
+    pub unchanged: Duration,
 }
 
 /// Refreshes a catalog.
@@ -219,11 +235,32 @@ impl Refresher {
         }
     }
 
-    /// Calls `visit` with every manifest that is known of a home.
-    pub fn visit(&self, home: u16, mut visit: impl FnMut(&mut ManifestTail)) {
+    /// The manifests that are known of a home.
+    pub fn known(&self, home: u16) -> Vec<Known> {
+        let mut known = Vec::new();
         for reader in self.readers.iter().filter(|reader| reader.home.number == home) {
-            reader.tails.lock().tails.values_mut().for_each(&mut visit);
+            let tails = reader.tails.lock();
+            known.extend(tails.tails.values().map(|tail| Known {
+                name: tail.name,
+                growth: tail.growth,
+                header: tail.header,
+                bad_records: tail.bad_records,
+                unchanged: tail.polled_at.saturating_sub(tail.changed_at),
+            }));
         }
+        known
+    }
+
+    /// A manifest was renamed by this process: reads it to its end under its new name. Blocks.
+    pub fn renamed(&self, home: u16, name: ManifestName) -> Result<()> {
+        for reader in self.readers.iter().filter(|reader| reader.home.number == home) {
+            let mut tails = reader.tails.lock();
+            if let Some(tail) = tails.tails.get_mut(&(name.writer, name.epoch)) {
+                tail.renamed(&reader.home, name);
+                reader.poll(self, tail)?;
+            }
+        }
+        Ok(())
     }
 
     /// Reads one writer's manifests of a home again; says whether any is known. Blocks.
@@ -346,9 +383,4 @@ impl Reader {
         let handles: HashSet<u32> = segments.into_iter().map(|(handle, _)| handle).collect();
         refresher.catalog.forget(&handles);
     }
-}
-
-/// Whether a manifest's writer can have written more than was read.
-pub fn is_fenced(tail: &ManifestTail) -> bool {
-    tail.name.fence == Fence::Fenced
 }

@@ -524,6 +524,11 @@ impl Saver {
             return reply.send(files.unlink(writer.manifest.path()));
         }
         let record = Record { segment: SEAL_MANIFEST, ..Record::of(Kind::Seal, wall_ms()) };
+        let (manifest, backend) = (Arc::clone(&writer.manifest), Arc::clone(&self.home.backend));
+        let reply = Reply::new(move |sealed: Result<()>| match sealed {
+            Ok(()) => reply.run_on(&backend, move |reply| reply.send(manifest.trim())),
+            Err(error) => reply.send(Err(error)),
+        });
         writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
     }
 }

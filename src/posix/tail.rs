@@ -31,6 +31,8 @@ pub enum Growth {
     Live,
     /// Closed by its writer, continued by another epoch, or fenced and read to its end.
     Final,
+    /// Of another namespace or a newer version: not read, and nothing may be concluded from it.
+    Unreadable,
 }
 
 /// One manifest and how far it was read.
@@ -45,6 +47,8 @@ pub struct ManifestTail {
     pub bad_records: u64,
     /// When it was last seen to have grown, on this host's clock.
     pub changed_at: Duration,
+    /// When it was last read, on this host's clock.
+    pub polled_at: Duration,
     path: PathBuf,
     file: Option<File>,
     commit: u64,
@@ -63,6 +67,7 @@ impl ManifestTail {
             header: None,
             bad_records: 0,
             changed_at: boot_time(),
+            polled_at: boot_time(),
             path: home.manifests.join(name.to_string()),
             file: None,
             commit: 0,
@@ -80,15 +85,10 @@ impl ManifestTail {
         }
     }
 
-    /// Records that were handed out so far.
-    pub fn records(&self) -> u64 {
-        self.next
-    }
-
     /// Reads what is new and hands it to `take`, in order. Blocks; on a path pool only. A manifest that is
     /// not fully created yet has nothing new.
     pub fn poll(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
-        if self.growth == Growth::Final {
+        if self.growth != Growth::Live {
             return Ok(());
         }
         let files = home.backend.files();
@@ -96,12 +96,13 @@ impl ManifestTail {
             self.file = Some(files.open(&self.path, home.open_how(Access::Read))?);
         }
         let polled = self.poll_open(home, take);
-        if self.name.fence == Fence::Fenced && polled.is_ok() {
+        self.polled_at = boot_time();
+        if self.name.fence == Fence::Fenced && polled.is_ok() && self.growth == Growth::Live {
             self.growth = Growth::Final;
         }
         // A buffered descriptor on a network file system shows old bytes for seconds: opening again is
         // what revalidates.
-        if self.growth == Growth::Final || !home.can_hold() || polled.is_err() {
+        if self.growth != Growth::Live || !home.can_hold() || polled.is_err() {
             self.file = None;
         }
         polled.map_err(|error| error.at(&self.path))
@@ -141,7 +142,7 @@ impl ManifestTail {
         let header = match ManifestHeader::decode(page) {
             Ok(header) => header,
             Err(Refused::Version(version)) => {
-                self.growth = Growth::Final;
+                self.growth = Growth::Unreadable;
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!("format version {version} is newer than this program; update it"),
@@ -154,7 +155,7 @@ impl ManifestTail {
             && header.writer == self.name.writer
             && header.epoch == self.name.epoch;
         if !ours {
-            self.growth = Growth::Final;
+            self.growth = Growth::Unreadable;
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 "the manifest belongs to another namespace or was renamed; remove it",
@@ -206,7 +207,7 @@ impl ManifestTail {
 
     /// A bad record before a good one is skipped and counted, never taken as the end.
     fn take_record(&mut self, bytes: &[u8], sequence: u64, take: &mut dyn FnMut(&Record)) {
-        if sequence < self.next || self.growth == Growth::Final {
+        if sequence < self.next || self.growth == Growth::Unreadable {
             return;
         }
         self.next = sequence + 1;
@@ -226,7 +227,7 @@ impl ManifestTail {
                     "{}: record kind {kind} is newer than this program, which cannot read on; update it",
                     self.path.display()
                 ));
-                self.growth = Growth::Final;
+                self.growth = Growth::Unreadable;
             }
             Decoded::Record(_) | Decoded::Bad => self.bad_records += 1,
         }

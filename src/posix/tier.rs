@@ -18,12 +18,13 @@ use crate::io::{Class, DmaSlice, Done, File, Operation, Request};
 use crate::posix::capacity::Capacity;
 use crate::posix::catalog::{Catalog, SegmentRef};
 use crate::posix::clock::Clock;
-use crate::posix::format::{Kind, NO_CHECKSUM, Record, Trailer};
+use crate::posix::format::{Kind, NO_CHECKSUM, ProcessIdentity, Record, Trailer};
 use crate::posix::home::{Home, Layout, TierConfig};
 use crate::posix::host::{this_process, wall_ms};
 use crate::posix::index::{Found, Location};
 use crate::posix::manifest::{Item, Urgency};
 use crate::posix::open_files::OpenFiles;
+use crate::posix::recover::{self, Recovered};
 use crate::posix::refresh::{self, Refresher};
 use crate::posix::reply::{Join, Reply, never_began};
 use crate::posix::saver::{Extent, Saver};
@@ -76,6 +77,18 @@ impl Tier {
         config: TierConfig,
         deadline: Instant,
     ) -> Result<Arc<Self>> {
+        Self::open_as(this_process(), namespace, scope, backends, config, deadline)
+    }
+
+    /// As [`Tier::open`], in the name of `process`.
+    pub(crate) fn open_as(
+        process: ProcessIdentity,
+        namespace: &Namespace,
+        scope: Scope,
+        backends: Vec<Arc<Backend>>,
+        config: TierConfig,
+        deadline: Instant,
+    ) -> Result<Arc<Self>> {
         let part_count = u16::try_from(namespace.part_count).map_err(|_| {
             Error::new(ErrorKind::InvalidConfig, "part_count: more parts than 65535")
         })?;
@@ -86,7 +99,7 @@ impl Tier {
             part_count,
             parts: scope.parts.clone(),
             config,
-            process: this_process(),
+            process,
         });
         let catalog = Arc::new(Catalog::new(layout.part_bytes, part_count));
         let files = Arc::new(OpenFiles::default());
@@ -596,8 +609,46 @@ impl Tier {
         }
     }
 
-    /// Recovery and reclaim run on the path pools, apart from everything else.
-    fn keep_house(self: &Arc<Self>) {}
+    /// Cleans up after dead writers, in all backends; `done` gets what was done. Stores that only look up
+    /// need not: those that save do it when they open.
+    pub fn recover(&self, done: Box<dyn FnOnce(Result<Recovered>) + Send>) {
+        let sum = Arc::new(Mutex::new(Recovered::default()));
+        let total = Arc::clone(&sum);
+        let reply = Reply::new(move |result: Result<()>| {
+            let sum = *total.lock();
+            done(result.map(|()| sum));
+        });
+        let join = Join::new(self.savers.len(), reply);
+        for saver in &self.savers {
+            let (join, sum) = (Arc::clone(&join), Arc::clone(&sum));
+            let (catalog, refresher) = (Arc::clone(&self.catalog), Arc::clone(&self.refresher));
+            let home = Arc::clone(&saver.home);
+            let backend = Arc::clone(&home.backend);
+            let reply = Reply::new(move |result| join.ended(result));
+            reply.run_on(&backend, move |reply| {
+                let recovered = recover::recover(&home, &catalog, &refresher);
+                reply.send(recovered.map(|recovered| sum.lock().add(&recovered)));
+            });
+        }
+    }
+
+    /// Recovery runs on the path pools, apart from everything else, at open and at every interval.
+    fn keep_house(self: &Arc<Self>) {
+        if self.layout.parts.is_empty() {
+            return;
+        }
+        self.recover(Box::new(|result| {
+            if let Err(error) = result {
+                crate::log::warning(format_args!("cleaning up after dead writers: {error}"));
+            }
+        }));
+        let tier = Arc::downgrade(self);
+        self.clock.at(Instant::now() + self.layout.config.gc.interval, move || {
+            if let Some(tier) = tier.upgrade() {
+                tier.keep_house();
+            }
+        });
+    }
 
     fn mismatch(&self, key: &PartKey, found: &Found, segment: &SegmentRef) -> Error {
         let home = &self.savers[usize::from(segment.home)].home;
