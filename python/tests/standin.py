@@ -22,6 +22,7 @@ class World:
     """What stores of one test share."""
 
     blocks: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
+    partial: dict[tuple[bytes, int], dict[int, bytes]] = field(default_factory=dict)
     abandoned: set[bytes] = field(default_factory=set)
     fail_loads: set[bytes] = field(default_factory=set)
     """Ids whose load fails."""
@@ -70,8 +71,11 @@ class StandinTask:
 class StandinStore:
     """Has the methods of ``ucm.Store`` that the connector uses."""
 
-    def __init__(self, world: World, slices: list[int], part: int = 0, part_count: int = 1) -> None:
+    def __init__(
+        self, world: World, slices: list[int], part: int = 0, part_count: int = 1, shards: int = 1
+    ) -> None:
         self.world, self.slices, self.part, self.part_count = world, slices, part, part_count
+        self.shards = shards
         self.closed = False
 
     def _present(self, one: Any) -> bool:
@@ -100,32 +104,40 @@ class StandinStore:
     def save(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
         if self.world.refuse_saves:
             raise Busy("told to refuse")
-        keys = [one.tobytes() for one in block_ids(ids)]
-        rows = np.array(addresses, dtype=np.uint64)
+        keys, rows, shards = self._entries(ids, addresses, how)
 
         def work() -> Any:
-            for key, row in zip(keys, rows, strict=True):
+            for key, row, shard in zip(keys, rows, shards, strict=True):
                 data = b"".join(ctypes.string_at(int(a), n) for a, n in zip(row, self.slices, strict=True))
-                self.world.blocks[key, self.part] = data
-                self.world.saved += 1
+                pieces = self.world.partial.setdefault((key, self.part), {})
+                pieces[shard] = data
+                if len(pieces) == self.shards:
+                    del self.world.partial[key, self.part]
+                    self.world.blocks[key, self.part] = b"".join(pieces[i] for i in range(self.shards))
+                    self.world.saved += 1
             return np.zeros(len(keys), dtype=np.int32)
 
         return StandinTask(self.world, work, len(keys))
 
-    def load(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
+    @staticmethod
+    def _entries(ids: Any, addresses: Any, how: dict[str, Any]) -> tuple[list[bytes], Any, list[int]]:
         keys = [one.tobytes() for one in block_ids(ids)]
-        rows = np.array(addresses, dtype=np.uint64)
+        shards = how.get("shards")
+        return keys, np.array(addresses, dtype=np.uint64), [0] * len(keys) if shards is None else list(shards)
+
+    def load(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
+        keys, rows, shards = self._entries(ids, addresses, how)
 
         def work() -> Any:
             statuses = np.zeros(len(keys), dtype=np.int32)
-            for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+            for i, (key, row, shard) in enumerate(zip(keys, rows, shards, strict=True)):
                 data = self.world.blocks.get((key, self.part))
                 if data is None or key in self.world.fail_loads:
                     statuses[i] = Status.CORRUPT
                     for address, length in zip(row, self.slices, strict=True):
                         ctypes.memset(int(address), 0xA5, length)
                     continue
-                offset = 0
+                offset = int(shard) * sum(self.slices)
                 for address, length in zip(row, self.slices, strict=True):
                     ctypes.memmove(int(address), data[offset : offset + length], length)
                     offset += length

@@ -19,6 +19,7 @@ from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 
 if TYPE_CHECKING:
+    from ucm.integration.vllm.geometry import Layout
     from ucm.integration.vllm.namespace import Namespace
     from ucm.integration.vllm.rank import Rank
     from ucm.integration.vllm.scheduler import SchedulerSide
@@ -91,6 +92,7 @@ class UCMConnector(KVConnectorBase_V1):
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         from ucm.integration.vllm import geometry
+        from ucm.integration.vllm.batches import Batches
         from ucm.integration.vllm.stores import open_transfer
         from ucm.integration.vllm.streams import ComputeStream
         from ucm.integration.vllm.worker import WorkerSide
@@ -100,18 +102,37 @@ class UCMConnector(KVConnectorBase_V1):
         rank = _rank(self._vllm_config, int(get_tensor_model_parallel_rank()))
         first = next(iter(kv_caches.values()))
         device = (first[0] if isinstance(first, (tuple, list)) else first).device
-        store = open_transfer(self._config, self._namespace, layout, rank, device, layerwise=False)
+        layerwise = self._layerwise(layout)
+        store = open_transfer(self._config, self._namespace, layout, rank, device, layerwise=layerwise)
+        batches = Batches(layout, layerwise=layerwise)
         stream = ComputeStream(device.type)
-        self._worker = WorkerSide(self._config, rank, layout, store, stream, shape.block_tokens)
+        self._worker = WorkerSide(self._config, rank, layout, batches, store, stream, shape.block_tokens)
         logger.info(
             "UCM worker: rank %d, part %d of %d, %d layers, %d bytes a block",
             rank.index, rank.part, rank.part_count, len(layout.layers), layout.part_bytes,
         )  # fmt: skip
 
+    def _layerwise(self, layout: Layout) -> bool:
+        """Whether saves go layer by layer: asked for, and possible."""
+        if not self._config.use_layerwise:
+            return False
+        obstacle = layout.layerwise_obstacle()
+        if getattr(self._vllm_config.parallel_config, "enable_dbo", False):
+            obstacle = "with --enable-dbo a layer is computed in two halves"
+        if obstacle:
+            logger.warning("use_layerwise has no effect: %s; whole blocks are transferred", obstacle)
+        return obstacle is None
+
     def _step(self) -> StepMetadata:
         step = self._get_connector_metadata()
         assert isinstance(step, StepMetadata)
         return step
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        # Always before the forward pass; start_load_kv may come after it.
+        if self._worker is not None and isinstance(connector_metadata, StepMetadata):
+            self._worker.begin(connector_metadata)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:
@@ -127,7 +148,8 @@ class UCMConnector(KVConnectorBase_V1):
         return
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        return
+        if self._worker is not None:
+            self._worker.save_layer(layer_name)
 
     def wait_for_save(self) -> None:
         # After the draft model's pass, where there is one; not called in steps without a pass.

@@ -1,4 +1,4 @@
-"""The worker side: moves whole blocks between vLLM's KV memory and the store.
+"""The worker side: moves blocks between vLLM's KV memory and the store.
 
 Owns the tasks in flight and decides when vLLM may be told that they are over. Decides nothing about
 which blocks move. Called on the worker's model thread only.
@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ucm.errors import Busy, Status, UcmError
+from ucm.integration.vllm.batches import Batches, Entries, good_blocks
 from ucm.integration.vllm.config import ConnectorConfig
-from ucm.integration.vllm.geometry import AddressTable, Layout
+from ucm.integration.vllm.geometry import Layout
 from ucm.integration.vllm.metadata import StepMetadata, Transfer, WorkerReport
 from ucm.integration.vllm.rank import Rank
 from ucm.integration.vllm.stats import UcmStats
@@ -40,36 +42,41 @@ class LoadJob:
 
 
 class SaveJob:
-    """One save of one request."""
+    """The saves of one step, of all its requests: one task, or one per layer."""
 
-    __slots__ = ("copied", "started", "step", "task", "transfer")
+    __slots__ = ("copied", "ids", "layers", "refused", "requests", "slots", "started", "step", "tasks")
 
-    def __init__(self, transfer: Transfer, task: Any, step: int) -> None:
-        self.transfer = transfer
-        self.task = task
+    def __init__(self, transfers: list[Transfer], step: int) -> None:
+        self.requests = {transfer.request for transfer in transfers}
+        self.ids = block_ids(b"".join(transfer.ids for transfer in transfers))
+        self.slots = np.array([slot for t in transfers for slot in t.slots], dtype=np.int64)
         self.step = step
-        self.started = time.monotonic()
+        self.tasks: list[Any] = []
+        self.layers: set[int] = set()
+        """Layers that were submitted."""
+        self.refused = False
         self.copied = False
+        self.started = time.monotonic()
 
 
 class WorkerSide:
     """The worker's half of the connector."""
 
     def __init__(
-        self, config: ConnectorConfig, rank: Rank, layout: Layout, store: Any, stream: ComputeStream,
-        block_tokens: int,
+        self, config: ConnectorConfig, rank: Rank, layout: Layout, batches: Batches, store: Any,
+        stream: ComputeStream, block_tokens: int,
     ) -> None:  # fmt: skip
         self._config = config
         self._rank = rank
+        self._batches = batches
         self._store = store
         self._stream = stream
         self._block_tokens = block_tokens
         self._part_bytes = layout.part_bytes
-        self._addresses = AddressTable(
-            (one for layer in layout.layers for one in layer.slices), layout.block_count
-        )
         self._loads: list[LoadJob] = []
         self._saves: list[SaveJob] = []
+        self._current: SaveJob | None = None
+        """The saves of the step that is running, while its layers are computed."""
         self._held: set[str] = set()
         self._step = 0
         """The step that is running."""
@@ -80,54 +87,80 @@ class WorkerSide:
 
     # -- the steps of a forward pass ------------------------------------------------------------
 
-    def start_loads(self, step: StepMetadata) -> None:
-        """Submits this step's loads, all requests at once, and the saves of finished requests."""
+    def begin(self, step: StepMetadata) -> None:
+        """A step begins: submits the saves of finished requests and makes its own saves ready."""
         self._step = step.number
+        if step.late and self._rank.saves:
+            self._submit_rest(SaveJob(step.late, step.number))
+        self._held.update(step.held)
         if not step.saves:
             self._submitted_step = step.number
-        self._submit_saves(step.late)
-        self._held.update(step.held)
+        elif self._rank.saves:
+            self._current = SaveJob(step.saves, step.number)
+
+    def start_loads(self, step: StepMetadata) -> None:
+        """Submits this step's loads, all requests at once."""
         for transfer in step.loads:
-            ids = block_ids(transfer.ids)
-            task = None
-            try:
-                # The load may only overwrite memory that the compute stream no longer uses.
-                task = self._store.load(
-                    ids, self._addresses.matrix(transfer.slots), event=self._stream.record()
-                )
-            except UcmError as error:
-                logger.warning("load of %s was refused: %s", transfer.request, error)
-            self.stats.add("loads")
-            self._loads.append(LoadJob(transfer, task))
+            self._load(transfer)
+
+    def _load(self, transfer: Transfer) -> None:
+        task = None
+        try:
+            entries = self._batches.whole(block_ids(transfer.ids), transfer.slots)
+            # The load may only overwrite memory that the compute stream no longer uses.
+            task = self._store.load(
+                entries.ids, entries.addresses, shards=entries.shards, event=self._stream.record()
+            )
+        except UcmError as error:
+            logger.warning("load of %s was refused: %s", transfer.request, error)
+        self.stats.add("loads")
+        self._loads.append(LoadJob(transfer, task))
+
+    def save_layer(self, name: str) -> None:
+        """A layer of the running step is computed."""
+        job = self._current
+        number = self._batches.layers.get(name)
+        if job is None or not self._batches.layerwise or number is None or number in job.layers:
+            return
+        job.layers.add(number)
+        self._submit(job, self._batches.layer(number, job.ids, job.slots))
 
     def save_step(self, step: StepMetadata) -> None:
-        """Submits this step's saves; their copies wait for the step's computation."""
-        self._submit_saves(step.saves)
+        """The step is computed, drafts included: submits what of its saves was not yet submitted."""
+        job, self._current = self._current, None
+        if job is not None:
+            self._submit_rest(job)
         self._submitted_step = step.number
         if step.blocking:
             self._wait_persisted(set(step.blocking))
 
-    def _submit_saves(self, transfers: list[Transfer]) -> None:
-        if not transfers or not self._rank.saves:
+    def _submit_rest(self, job: SaveJob) -> None:
+        if not job.layers:
+            self._submit(job, self._batches.whole(job.ids, job.slots))
+        for number in self._batches.layers.values() if job.layers else ():
+            if number not in job.layers:  # its hook was not called: no attention, or a graph
+                self._submit(job, self._batches.layer(number, job.ids, job.slots))
+        self.stats.add("saves")
+        if job.refused:
+            self.stats.add("save_dropped_blocks", len(job.ids))
+            self._give_up(job.ids)
+        if job.tasks:
+            self._saves.append(job)
+
+    def _submit(self, job: SaveJob, entries: Entries) -> None:
+        if job.refused:
             return
-        event = self._stream.record()
+        event = self._stream.record() if self._config.enable_event_sync else None
         if not self._config.enable_event_sync:
             self._stream.synchronize()
-        for transfer in transfers:
-            self._save(transfer, event)
-
-    def _save(self, transfer: Transfer, event: int | None) -> None:
-        ids = block_ids(transfer.ids)
         try:
-            task = self._store.save(ids, self._addresses.matrix(transfer.slots), event=event)
+            job.tasks.append(
+                self._store.save(entries.ids, entries.addresses, shards=entries.shards, event=event)
+            )
         except UcmError as error:
-            self.stats.add("save_dropped_blocks", len(ids))
+            job.refused = True
             if not isinstance(error, Busy):
-                logger.warning("save for %s was refused: %s", transfer.request, error)
-            self._give_up(ids)
-            return
-        self.stats.add("saves")
-        self._saves.append(SaveJob(transfer, task, self._step))
+                logger.warning("a save of %d blocks was refused: %s", len(job.ids), error)
 
     def _give_up(self, ids: Any) -> None:
         """Ends the wait of servers to which these blocks were promised."""
@@ -137,11 +170,14 @@ class WorkerSide:
             logger.debug("blocks could not be abandoned: %s", error)
 
     def _wait_persisted(self, requests: set[str]) -> None:
+        self._wait([job for job in self._saves if not job.requests.isdisjoint(requests)], Stage.PERSISTED)
+
+    def _wait(self, jobs: Iterable[SaveJob], stage: Stage) -> None:
+        """Waits for a stage of all tasks, together at most ``save_wait_ms``."""
         deadline = time.monotonic() + self._config.save_wait_ms / MS_PER_S
-        for job in self._saves:
-            if job.transfer.request in requests:
-                left = max(0, int((deadline - time.monotonic()) * MS_PER_S))
-                job.task.wait_status(Stage.PERSISTED, left)
+        for job in jobs:
+            for task in job.tasks:
+                task.wait_status(stage, max(0, int((deadline - time.monotonic()) * MS_PER_S)))
 
     # -- what is over ---------------------------------------------------------------------------
 
@@ -149,8 +185,11 @@ class WorkerSide:
         """Requests whose copies are done and whose memory may go; requests whose loads are over."""
         received = self._finish_loads()
         self._finish_saves()
-        busy = {job.transfer.request for job in self._saves if not job.copied}
-        sent = {request for request in self._held if request not in busy}
+        busy: set[str] = set()
+        for job in self._saves:
+            if not job.copied:
+                busy |= job.requests
+        sent = self._held - busy
         self._held -= sent
         return sent or None, received or None
 
@@ -172,7 +211,7 @@ class WorkerSide:
         if job.task is None:
             good = np.zeros(len(slots), dtype=bool)
         else:
-            good = job.task.statuses() == Status.OK
+            good = self._good(job.task, len(slots))
             if not good.all():
                 logger.warning(
                     "request %s: %d of %d blocks could not be loaded and are computed: %s",
@@ -193,29 +232,44 @@ class WorkerSide:
     def _finish_saves(self) -> None:
         left: list[SaveJob] = []
         for job in self._saves:
-            if not job.copied:
-                job.copied = self._is_copied(job)
-            if not job.copied or job.task.poll(Stage.PERSISTED) == Status.PENDING:
+            job.copied = job.copied or all(map(self._is_copied, job.tasks))
+            if not job.copied or any(t.poll(Stage.PERSISTED) == Status.PENDING for t in job.tasks):
                 left.append(job)
-                continue
-            good = job.task.statuses() == Status.OK
-            saved = int(good.sum())
-            self.stats.add("save_seconds", time.monotonic() - job.started)
-            self.stats.add("saved_blocks", saved)
-            self.stats.add("saved_bytes", saved * self._part_bytes)
-            if saved < len(good):
-                self.stats.add("save_failed_blocks", len(good) - saved)
-                logger.warning("%d blocks were not saved: %s", len(good) - saved, job.task.error())
-                self._give_up(block_ids(job.transfer.ids)[~good])
+            elif not job.refused:
+                self._account_save(job)
         self._saves = left
 
+    def _account_save(self, job: SaveJob) -> None:
+        count = len(job.ids)
+        good = np.ones(count, dtype=bool)
+        for task in job.tasks:
+            good &= self._good(task, count)
+        saved = int(good.sum())
+        self.stats.add("save_seconds", time.monotonic() - job.started)
+        self.stats.add("saved_blocks", saved)
+        self.stats.add("saved_bytes", saved * self._part_bytes)
+        if saved < count:
+            self.stats.add("save_failed_blocks", count - saved)
+            reason = next((t.error() for t in job.tasks if t.poll(Stage.PERSISTED) != Status.OK), "")
+            logger.warning("%d blocks were not saved: %s", count - saved, reason)
+            self._give_up(job.ids[~good])
+
     @staticmethod
-    def _is_copied(job: SaveJob) -> bool:
-        status = job.task.poll(Stage.COPIED)
+    def _good(task: Any, blocks: int) -> npt.NDArray[np.bool_]:
+        """For each block whether all of its entries ended well."""
+        try:
+            return good_blocks(task.statuses(), blocks)
+        except UcmError as error:
+            logger.warning("a task has no result: %s", error)
+            return np.zeros(blocks, dtype=bool)
+
+    @staticmethod
+    def _is_copied(task: Any) -> bool:
+        status = task.poll(Stage.COPIED)
         if status == Status.OK:
             return True
         # A save that failed may still be reading: only RELEASED says that it is not.
-        return bool(status != Status.PENDING and job.task.poll(Stage.RELEASED) != Status.PENDING)
+        return bool(status != Status.PENDING and task.poll(Stage.RELEASED) != Status.PENDING)
 
     def report(self) -> WorkerReport:
         """How far the copies are. Every rank reports in every step, so that the slowest counts."""
@@ -239,29 +293,23 @@ class WorkerSide:
     def preempted(self, requests: Iterable[str]) -> None:
         """vLLM took these requests' blocks back: nothing may write to them before their copies."""
         wanted = set(requests)
-        jobs = [job for job in self._saves if not job.copied and job.transfer.request in wanted]
-        if jobs:
-            self.stats.add("preemption_waits", len(jobs))
-            self._wait_copied(jobs)
-
-    def _wait_copied(self, jobs: list[SaveJob]) -> None:
-        deadline = time.monotonic() + self._config.save_wait_ms / MS_PER_S
+        jobs = [job for job in self._saves if not job.copied and not wanted.isdisjoint(job.requests)]
+        if not jobs:
+            return
+        self.stats.add("preemption_waits", len(jobs))
+        self._wait(jobs, Stage.COPIED)
         for job in jobs:
-            left = max(0, int((deadline - time.monotonic()) * MS_PER_S))
-            status = job.task.wait_status(Stage.COPIED, left)
-            if status != Status.OK:
-                # What has not begun is dropped, what has begun is waited for: a copy that goes on
-                # while the block is written again would store wrong bytes under a valid name.
-                job.task.cancel()
-                job.task.wait_status(Stage.RELEASED, -1)
+            for task in job.tasks:
+                if not self._is_copied(task):
+                    # What has not begun is dropped, what has begun is waited for: a copy that goes
+                    # on while the block is written again would store wrong bytes under a valid name.
+                    task.cancel()
+                    task.wait_status(Stage.RELEASED, -1)
             job.copied = True
 
     def close(self) -> None:
         """Flushes within ``save_wait_ms`` and closes the store."""
-        deadline = time.monotonic() + self._config.save_wait_ms / MS_PER_S
-        for job in self._saves:
-            left = max(0, int((deadline - time.monotonic()) * MS_PER_S))
-            job.task.wait_status(Stage.PERSISTED, left)
+        self._wait(self._saves, Stage.PERSISTED)
         self._finish_saves()
         if self._saves:
             logger.warning("%d saves were not finished in time and are lost", len(self._saves))
