@@ -1,0 +1,250 @@
+"""vLLM's real scheduler over a simulated model, with the connector's both sides between them.
+
+The "KV" of a token is a number computed from the token before it *as it is read from the KV memory*
+and from the token; the next token is computed from the last one's KV. So a wrong byte anywhere in a
+request's blocks changes its output, as in a real model, and output can be compared with
+:func:`expected`. Nothing here depends on timing: the test decides when outputs are delivered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from standin import StandinStore, World
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from ucm.integration.vllm import geometry, stores, worker
+from ucm.integration.vllm.batches import Batches
+from ucm.integration.vllm.rank import Rank
+from ucm.integration.vllm.streams import ComputeStream
+from ucm.integration.vllm.ucm_connector import UCMConnector
+
+BLOCK = 16
+LAYERS = ("model.layers.0.attn", "model.layers.1.attn")
+MODULUS = (1 << 61) - 1
+GARBAGE = 0x5A5A5A5A5A5A
+VOCABULARY = 500
+
+
+def mix(before: int, token: int) -> int:
+    return (before * 6364136223846793005 + token * 1442695040888963407 + 12345) % MODULUS
+
+
+def sample(kv: int) -> int:
+    return (kv >> 17) % VOCABULARY
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """The output of a model whose KV was never stored anywhere."""
+    kv, out = 7, []
+    for token in prompt:
+        kv = mix(kv, token)
+    for _ in range(count):
+        out.append(sample(kv))
+        kv = mix(kv, out[-1])
+    return out
+
+
+@dataclass
+class Running:
+    """The worker's view of a request."""
+
+    tokens: list[int]
+    table: list[int]
+
+
+@dataclass
+class Result:
+    tokens: list[int] = field(default_factory=list)
+    reason: Any = None
+    params: Any = None
+
+
+class Simulation:
+    def __init__(
+        self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False
+    ) -> None:
+        self.world = world
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.bfloat16)
+        groups = [KVCacheGroupSpec(list(LAYERS), spec)]
+        config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+        vllm_config.cache_config.num_gpu_blocks = blocks
+        vllm_config.cache_config.block_size = BLOCK
+        vllm_config.scheduler_config.async_scheduling = asynchronous
+        stores.open_lookup = lambda c, n, part_bytes, count: StandinStore(world, [part_bytes])
+        cls = AsyncScheduler if asynchronous else Scheduler
+        self.scheduler = cls(
+            vllm_config=vllm_config,
+            kv_cache_config=config,
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK,
+            log_stats=True,
+        )
+        self.memory = {name: torch.full((blocks, BLOCK), GARBAGE, dtype=torch.int64) for name in LAYERS}
+        self.connector = UCMConnector(vllm_config, KVConnectorRole.WORKER, config)
+        layout = geometry.build(
+            self.memory, blocks, config.kv_cache_groups[0].kv_cache_spec.page_size_bytes * 2, LAYERS
+        )
+        self.connector._worker = worker.WorkerSide(
+            self.connector._config, Rank(0, 0, 1, True), layout, Batches(layout, layerwise=False),
+            StandinStore(world, layout.slice_lengths), ComputeStream("cpu"), BLOCK,
+        )  # fmt: skip
+        self.running: dict[str, Running] = {}
+        self.pending: deque[tuple[Any, Any]] = deque()
+        self.results: dict[str, Result] = {}
+        self.reports: list[Any] = []
+        self.preemptions = 0
+
+    # -- the engine's loop ----------------------------------------------------------------------
+
+    def add(self, name: str, prompt: list[int], count: int = 8, **options: Any) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        transfer = options.pop("kv_transfer_params", None)
+        if transfer is not None:
+            params.extra_args = {"kv_transfer_params": transfer}
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+        init_none_hash(sha256)
+        try:
+            request = Request(
+                name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256), **options
+            )
+        except TypeError:
+            request = Request(
+                name,
+                prompt,
+                params,
+                None,
+                None,
+                block_hasher=get_request_block_hasher(BLOCK, sha256),
+                **options,
+            )
+        self.results[name] = Result()
+        self.scheduler.add_request(request)
+        return request
+
+    def schedule(self) -> Any:
+        """Schedules one step and runs it; its output waits to be delivered."""
+        output = self.scheduler.schedule()
+        self.pending.append((output, self._run(output)))
+        return output
+
+    def deliver(self) -> None:
+        """Gives the oldest output to the scheduler."""
+        output, result = self.pending.popleft()
+        for produced in self.scheduler.update_from_output(output, result).values():
+            for one in produced.outputs:
+                entry = self.results[one.request_id]
+                entry.tokens += one.new_token_ids
+                entry.reason = one.finish_reason or entry.reason
+                entry.params = one.kv_transfer_params or entry.params
+
+    def step(self) -> Any:
+        output = self.schedule()
+        self.deliver()
+        return output
+
+    def run(self, steps: int = 400, depth: int = 1) -> None:
+        """Steps until nothing is left; ``depth`` outputs are in flight."""
+        for _ in range(steps):
+            if not self.scheduler.has_requests() and not self.pending:
+                self.settle()
+                return
+            self.schedule()
+            while len(self.pending) >= depth:
+                self.deliver()
+        while self.pending:
+            self.deliver()
+        left = list(self.scheduler.requests)
+        assert not left, f"requests {left} are stuck"
+
+    def settle(self) -> None:
+        """Steps until held requests are free."""
+        for _ in range(20):
+            if not self.scheduler.requests and not self.pending:
+                return
+            self.step()
+        assert not self.scheduler.requests, "held requests were never released"
+
+    def abort(self, name: str) -> None:
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    # -- the worker -----------------------------------------------------------------------------
+
+    def _run(self, output: Any) -> Any:
+        connector, step = self.connector, output.kv_connector_metadata
+        self.preemptions += len(step.preempted)
+        if getattr(output, "preempted_req_ids", None) or hasattr(connector, "build_connector_worker_meta"):
+            connector.handle_preemptions(step)
+        connector.bind_connector_metadata(step)
+        late = getattr(output, "has_sync_kv_loads", None) is False
+        if not late:
+            connector.start_load_kv(None)
+        sampled = self._forward(output)
+        if late:
+            connector.start_load_kv(None)
+        if output.total_num_scheduled_tokens or late:
+            connector.wait_for_save()
+        report = KVConnectorOutput()
+        report.finished_sending, report.finished_recving = connector.get_finished(output.finished_req_ids)
+        report.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        report.kv_connector_stats = connector.get_kv_connector_stats()
+        if hasattr(report, "kv_connector_worker_meta"):
+            report.kv_connector_worker_meta = connector.build_connector_worker_meta()
+        connector.clear_connector_metadata()
+        self.reports.append(report)
+        names = list(output.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+            pooler_output=[None] * len(names),
+            kv_connector_output=report,
+        )
+
+    def _forward(self, output: Any) -> dict[str, list[int]]:
+        starts: dict[str, int] = {}
+        for new in output.scheduled_new_reqs:
+            self.running[new.req_id] = Running(list(new.prompt_token_ids), list(new.block_ids[0]))
+            starts[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            state, blocks = self.running[name], cached.new_block_ids[i]
+            if name in cached.resumed_req_ids:
+                state.table = list(blocks[0])
+                state.tokens = list(self.scheduler.requests[name].all_token_ids)
+            elif blocks:
+                state.table += blocks[0]
+            starts[name] = cached.num_computed_tokens[i]
+        return {
+            name: self._compute(self.running[name], starts[name], count)
+            for name, count in output.num_scheduled_tokens.items()
+        }
+
+    def _compute(self, state: Running, start: int, count: int) -> list[int]:
+        del state.tokens[max(start + count, len(state.tokens)) :]
+        kv = 7
+        for position in range(start + count):
+            block, offset = state.table[position // BLOCK], position % BLOCK
+            if position < start:
+                values = [int(self.memory[name][block, offset]) for name in LAYERS]
+                kv = values[0] if values[0] == values[1] else GARBAGE
+            else:
+                kv = mix(kv, state.tokens[position])
+                for name in LAYERS:
+                    self.memory[name][block, offset] = kv
+        if start + count < len(state.tokens):
+            return []
+        state.tokens.append(sample(kv))
+        return [state.tokens[-1]]
