@@ -27,7 +27,7 @@ use crate::instance::{Address, Instance};
 
 /// Idle connections are not used after this: uvicorn closes them after 5 s, and a request written
 /// into a connection that is being closed is lost.
-const IDLE_MAX: Duration = Duration::from_secs(3);
+const IDLE_MAX: Duration = Duration::from_secs(2);
 /// Idle connections kept to one server.
 const IDLE_CONNECTIONS_MAX: usize = 512;
 /// A connection whose answer has just ended is ready for the next request within this.
@@ -49,6 +49,8 @@ pub enum Failure {
     Connect(String),
     /// The connection ended or spoke no HTTP.
     Broken(String),
+    /// The connection had ended before the request went out.
+    Unsent,
     /// No answer in this time.
     Timeout(Duration),
 }
@@ -58,6 +60,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Connect(why) => write!(f, "cannot be reached: {why}"),
             Self::Broken(why) => write!(f, "broke the connection: {why}"),
+            Self::Unsent => f.write_str("closed the connection"),
             Self::Timeout(after) => write!(f, "did not answer within {} s", after.as_secs_f64()),
         }
     }
@@ -191,8 +194,8 @@ pub struct Answer {
     pub connection: Connection,
 }
 
-/// Sends a request that is in memory. A reused connection that turns out to be closed is replaced
-/// by a fresh one, once.
+/// Sends a request that is in memory. It is sent again on a fresh connection only if nothing of it
+/// went out on a reused one: a server that took a request and closed may have worked on it.
 pub async fn send(
     instance: &Instance,
     outgoing: &Outgoing,
@@ -206,7 +209,7 @@ pub async fn send(
         }
         let request = outgoing.request(instance, SendBody::Full(Some(body.clone())));
         match exchange(connection, request, deadlines.head).await {
-            Err(Failure::Broken(_)) => break,
+            Err(Failure::Unsent) => continue,
             other => return other,
         }
     }
@@ -256,6 +259,7 @@ async fn exchange(
             let (head, body) = response.into_parts();
             Ok(Answer { head, body, connection })
         }
+        Ok(Err(error)) if error.is_canceled() => Err(Failure::Unsent),
         Ok(Err(error)) => Err(Failure::Broken(chain(&error))),
         Err(_) => Err(Failure::Timeout(limit)),
     }

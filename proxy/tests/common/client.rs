@@ -42,12 +42,14 @@ impl Answer {
 /// An answer that is still coming; dropped, its connection closes.
 pub struct Coming {
     pub response: Response<Incoming>,
-    driver: JoinHandle<()>,
+    driver: Driver,
 }
 
-impl Drop for Coming {
+struct Driver(JoinHandle<()>);
+
+impl Drop for Driver {
     fn drop(&mut self) {
-        self.driver.abort();
+        self.0.abort();
     }
 }
 
@@ -83,17 +85,11 @@ pub async fn send(port: u16, request: Request<Full<Bytes>>) -> Result<Coming, hy
     let _ = stream.set_nodelay(true);
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let driver = tokio::spawn(async move {
+    let driver = Driver(tokio::spawn(async move {
         let _ = connection.await;
-    });
-    let response = sender.send_request(request).await;
-    match response {
-        Ok(response) => Ok(Coming { response, driver }),
-        Err(error) => {
-            driver.abort();
-            Err(error)
-        }
-    }
+    }));
+    let response = sender.send_request(request).await?;
+    Ok(Coming { response, driver })
 }
 
 pub fn request(

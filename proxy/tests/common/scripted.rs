@@ -189,12 +189,12 @@ async fn answer(
                 response = response.header(name, value);
             }
             let response = response.header("content-length", body.len());
-            let steps = Steps::run(vec![Step::Bytes(body)], guard);
+            let steps = Steps::run(vec![Step::Bytes(body)], guard, Length::Known);
             Ok(response.body(steps).expect("a response"))
         }
         Script::Stream { status, content_type, steps } => {
             let response = Response::builder().status(status).header("content-type", content_type);
-            Ok(response.body(Steps::run(steps, guard)).expect("a response"))
+            Ok(response.body(Steps::run(steps, guard, Length::Open)).expect("a response"))
         }
         Script::Close => Err(io::Error::other("the script says close")),
         Script::Hang => {
@@ -220,14 +220,22 @@ impl Drop for Open {
     }
 }
 
+/// Whether hyper knows where a body ends: then it does not ask for what comes after its one piece.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Length {
+    Known,
+    Open,
+}
+
 /// A body that follows steps.
 pub struct Steps {
+    length: Length,
     frames: mpsc::Receiver<Result<Bytes, io::Error>>,
     guard: Open,
 }
 
 impl Steps {
-    fn run(steps: Vec<Step>, guard: Open) -> Self {
+    fn run(steps: Vec<Step>, guard: Open, length: Length) -> Self {
         let (sender, frames) = mpsc::channel(1);
         tokio::spawn(async move {
             for step in steps {
@@ -248,7 +256,7 @@ impl Steps {
                 }
             }
         });
-        Self { frames, guard }
+        Self { length, frames, guard }
     }
 }
 
@@ -261,9 +269,12 @@ impl Body for Steps {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         let polled = self.frames.poll_recv(cx);
-        if let Poll::Ready(None | Some(Err(_))) = polled {
-            self.guard.ended = true;
-        }
+        let over = match polled {
+            Poll::Ready(None | Some(Err(_))) => true,
+            Poll::Ready(Some(Ok(_))) => self.length == Length::Known,
+            Poll::Pending => false,
+        };
+        self.guard.ended |= over;
         polled.map(|frame| frame.map(|frame| frame.map(Frame::data)))
     }
 }
