@@ -10,13 +10,21 @@ pub mod backend;
 mod conformance;
 pub mod engine;
 pub mod files;
+#[cfg(test)]
+mod files_tests;
 mod flights;
+#[cfg(test)]
+mod measure;
 pub mod pool;
 pub mod probe;
+#[cfg(test)]
+mod probe_tests;
 pub mod psync;
 pub mod reactor;
 pub mod report;
 mod schedule;
+#[cfg(test)]
+mod seccomp;
 pub mod sim;
 pub mod thread;
 pub mod uring;

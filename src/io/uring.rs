@@ -41,6 +41,10 @@ const FLAG_SETS: [(&str, Flags); 4] = [
     ("none", Flags::Plain),                               // 5.11 (EXT_ARG)
 ];
 
+/// For tests that go through them.
+#[cfg(test)]
+pub(super) const FLAG_SETS_COUNT: usize = FLAG_SETS.len();
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Flags {
     DeferTaskrun,
@@ -80,8 +84,13 @@ impl Wake for EventWaker {
 impl Uring {
     /// Makes a ring for `depth` operations in flight. The error's errno tells why the kernel refuses.
     pub fn new(depth: u32) -> Result<Self> {
+        Self::with_flags_from(0, depth)
+    }
+
+    /// As [`Uring::new`], without the best flag sets.
+    pub(super) fn with_flags_from(skipped: usize, depth: u32) -> Result<Self> {
         let depth = depth.clamp(1, DEPTH_MAX);
-        let (ring, flags) = build_ring(depth + SPARE_SLOTS)?;
+        let (ring, flags) = build_ring(&FLAG_SETS[skipped..], depth + SPARE_SLOTS)?;
         let params = ring.params();
         if !(params.is_feature_ext_arg() && params.is_feature_nodrop()) {
             return Err(Error::new(
@@ -205,9 +214,12 @@ impl Uring {
     }
 }
 
-fn build_ring(entries: u32) -> Result<(IoUring, &'static str)> {
+fn build_ring(
+    flag_sets: &[(&'static str, Flags)],
+    entries: u32,
+) -> Result<(IoUring, &'static str)> {
     let mut refused = libc::EINVAL;
-    for (name, flags) in FLAG_SETS {
+    for &(name, flags) in flag_sets {
         let mut builder = IoUring::builder();
         builder.dontfork();
         if flags != Flags::Plain {
