@@ -222,6 +222,11 @@ impl Parts {
         })
     }
 
+    /// Whether the table knows no part.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
     /// Whether the part is in DRAM or on its way there.
     pub(crate) fn knows(&self, key: &PartKey) -> bool {
         self.map.contains_key(key)

@@ -69,6 +69,7 @@ impl Engine {
 
     /// A refresh that begins now; waits for its end.
     pub(super) fn refresh(&self, timeout: Option<Duration>) -> Result<()> {
+        self.shared.refresh();
         let Some(tier) = &self.tier else { return Ok(()) };
         let outcome = Arc::new((Mutex::new(None), Condvar::new()));
         let ended = Arc::clone(&outcome);

@@ -8,6 +8,7 @@ mod close;
 mod direct;
 mod engine;
 mod fresh;
+mod lookup;
 mod open;
 mod regions;
 mod stats;
@@ -23,7 +24,7 @@ pub use open::Platform;
 pub use stats::Stats;
 pub use submit::Batch;
 
-use crate::block::{BlockId, PartKey};
+use crate::block::BlockId;
 use crate::completion::Completion;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
@@ -70,11 +71,7 @@ impl Store {
         }
         let begun = Instant::now();
         self.engine.freshen();
-        let mut hits = 0;
-        for (block, found) in blocks.iter().zip(found) {
-            *found = u8::from(self.engine.is_present(block));
-            hits += u64::from(*found);
-        }
+        let hits = self.engine.find_present(blocks, found) as u64;
         self.engine.count_lookup(begun, blocks.len() as u64, hits);
         Ok(())
     }
@@ -84,7 +81,7 @@ impl Store {
         self.engine.check_open()?;
         let begun = Instant::now();
         self.engine.freshen();
-        let hits = blocks.iter().take_while(|block| self.engine.is_present(block)).count();
+        let hits = self.engine.find_prefix(blocks);
         self.engine.count_lookup(begun, blocks.len() as u64, hits as u64);
         Ok(hits)
     }
@@ -273,28 +270,5 @@ impl Engine {
             return Err(Error::new(ErrorKind::Closed, "the store is closed"));
         }
         Ok(())
-    }
-
-    /// Whether every part of the block is on storage, or in DRAM where this process can see it.
-    fn is_present(&self, block: &BlockId) -> bool {
-        if self.tier.as_ref().is_some_and(|tier| tier.contains_block(block)) {
-            return true;
-        }
-        (0..self.config.geometry.part_count as u16).all(|part| {
-            let key = PartKey { block: *block, part };
-            self.tier.as_ref().is_some_and(|tier| tier.find(&key).is_some())
-                || self.is_in_dram(&key)
-        })
-    }
-
-    fn is_in_dram(&self, key: &PartKey) -> bool {
-        self.owns(key.part) && self.parts.lock().is_resident(key) || self.shared.contains(key)
-    }
-
-    fn owns(&self, part: u16) -> bool {
-        let geometry = &self.config.geometry;
-        !self.config.is_lookup_only()
-            && (geometry.part_index..geometry.part_index + geometry.parts_owned)
-                .contains(&u32::from(part))
     }
 }

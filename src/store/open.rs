@@ -10,7 +10,7 @@ use super::engine::Engine;
 use super::fresh::Fresh;
 use super::regions::Regions;
 use crate::block::PartKey;
-use crate::cache::shared::{SharedReaders, SharedScope, SharedTable};
+use crate::cache::shared::{SharedReaders, SharedScope, SharedTable, View};
 use crate::clock::Clock;
 use crate::completion::CompletionQueue;
 use crate::config::{Config, Facility, NumaPolicy, Storage};
@@ -40,35 +40,44 @@ pub struct Platform {
     pub device: Option<Arc<dyn Device>>,
 }
 
-/// The host's shared view of DRAM tiers: written by stores that transfer, read by those that look up.
-pub(super) enum Shared {
-    None,
-    Writer(Mutex<SharedTable>),
-    Readers(SharedReaders),
+/// The host's shared view of DRAM tiers: each store that transfers writes its own table; who needs to know
+/// of parts that are not its own reads those of the others.
+#[derive(Default)]
+pub(super) struct Shared {
+    table: Option<Mutex<SharedTable>>,
+    readers: Option<SharedReaders>,
 }
 
 impl Shared {
     pub(super) fn insert(&self, key: &PartKey) {
-        if let Self::Writer(table) = self {
+        if let Some(table) = &self.table {
             table.lock().insert(key);
         }
     }
 
     pub(super) fn remove(&self, key: &PartKey) {
-        if let Self::Writer(table) = self {
+        if let Some(table) = &self.table {
             table.lock().remove(key);
         }
     }
 
     /// The DRAM tier is gone: readers see nothing in it any more.
     pub(super) fn close(&self) {
-        if let Self::Writer(table) = self {
+        if let Some(table) = &self.table {
             table.lock().close();
         }
     }
 
-    pub(super) fn contains(&self, key: &PartKey) -> bool {
-        matches!(self, Self::Readers(readers) if readers.contains(key))
+    /// Looks for tables of stores that were opened since the last look.
+    pub(super) fn refresh(&self) {
+        if let Some(readers) = &self.readers {
+            readers.scan();
+        }
+    }
+
+    /// What the host's living stores have in DRAM.
+    pub(super) fn view(&self) -> Option<View> {
+        self.readers.as_ref().map(SharedReaders::view)
     }
 }
 
@@ -279,21 +288,18 @@ fn open_tier(config: &Config, backends: &[Arc<Backend>], deadline: Instant) -> R
 
 fn open_shared(config: &Config) -> Shared {
     if !config.pipeline.cache {
-        return Shared::None;
+        return Shared::default();
     }
     let scope = SharedScope::new(&config.namespace, &config.instance);
+    let owns_all = config.geometry.parts_owned == config.geometry.part_count;
+    let readers = (config.is_lookup_only() || !owns_all).then(|| SharedReaders::new(&scope));
     if config.is_lookup_only() {
-        return Shared::Readers(SharedReaders::new(&scope));
+        return Shared { table: None, readers };
     }
-    match SharedTable::create(&scope, slot_count(config) as u32) {
-        Ok(table) => Shared::Writer(Mutex::new(table)),
-        Err(error) => {
-            log::once(
-                Level::Warning,
-                "shared table",
-                format_args!("schedulers of this host do not see DRAM hits: {error}"),
-            );
-            Shared::None
-        }
+    let table = SharedTable::create(&scope, slot_count(config) as u32).map(Mutex::new);
+    if let Err(error) = &table {
+        let text = format_args!("schedulers of this host do not see DRAM hits: {error}");
+        log::once(Level::Warning, "shared table", text);
     }
+    Shared { table: table.ok(), readers }
 }

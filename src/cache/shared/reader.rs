@@ -118,8 +118,8 @@ impl SharedReaders {
         }
     }
 
-    /// Looks for new tables and lets go of dead ones.
-    pub(super) fn scan(&self) {
+    /// Looks for new tables now, and lets go of dead ones.
+    pub fn scan(&self) {
         let Some(here) = self.here else { return };
         let known = self.tables.read().clone();
         let mut tables = living(&known, &here);
@@ -165,6 +165,11 @@ pub struct View {
 }
 
 impl View {
+    /// Whether no living store has a table.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
     /// Whether a living store has this part in DRAM.
     pub fn contains(&self, key: &PartKey) -> bool {
         let words = Words::of(key);
