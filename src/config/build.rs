@@ -47,7 +47,7 @@ pub(super) fn build(options: &Options) -> Result<Config> {
         namespace: namespace(options, &geometry, &mut warnings),
         instance: options.text("unique_id"),
         io_engine: match options.word("io_engine") {
-            "io_uring" => IoEngine::IoUring,
+            "io_uring" | "required" => IoEngine::IoUring,
             "psync" => IoEngine::Psync,
             _ => IoEngine::Auto,
         },

@@ -288,10 +288,10 @@ pub static KEYS: &[Key] = &[
         name: "io_engine",
         aliases: &["posix_io_engine"],
         scope: Scope::Store,
-        kind: Kind::Word(&["auto", "io_uring", "psync"]),
+        kind: Kind::Word(&["auto", "io_uring", "psync", "required"]),
         default: "auto",
         unit: "",
-        doc: "How files are read and written. `auto` probes io_uring and falls back to `psync`, a pool of threads; `io_uring` makes its refusal an error. Upstream's `posix_io_engine: aio` means `auto`.",
+        doc: "How files are read and written. `auto` probes io_uring and falls back to `psync`, a pool of threads; `io_uring` (or `required`) makes its refusal an error. Upstream's `posix_io_engine: aio` means `auto`.",
     },
     store(
         "io_direct",

@@ -151,6 +151,26 @@ fn text_and_yaml_mean_the_same() {
 }
 
 #[test]
+fn required_turns_a_fallback_into_an_error() {
+    // Goal: every key with a fallback takes `required`; YAML's `off` and `false` mean the same.
+    let config = built(&with(
+        "block_size: 4096\nio_engine: required\nio_direct: required\nhuge_pages: required\nregister_memory: required\ngpu_direct: required\n",
+    ));
+    assert_eq!((config.io_engine, config.io_direct), (IoEngine::IoUring, DirectIo::Required));
+    for facility in [config.huge_pages, config.register_memory, config.gpu_direct] {
+        assert_eq!(facility, Facility::Required);
+    }
+    let config = built(&with(
+        "block_size: 4096\nio_direct: off\nhuge_pages: false\nregister_memory: no\nnuma_node: off\nchecksum: false\n",
+    ));
+    assert_eq!((config.io_direct, config.huge_pages), (DirectIo::Off, Facility::Off));
+    assert_eq!((config.register_memory, config.numa), (Facility::Off, NumaPolicy::Off));
+    assert_eq!(config.checksum, Checksum::Off);
+    assert_eq!(built(&with("block_size: 4096\nnuma_node: 1")).numa, NumaPolicy::Node(1));
+    assert_refused(&with("block_size: 4096\nio_engine: true"), &["io_engine"]);
+}
+
+#[test]
 fn empty_texts_are_mappings_without_keys() {
     // Goal: an empty file is no options, not a failure of the YAML reader.
     for text in ["", "\n", "# nothing\n", "---\n", "{}"] {

@@ -153,7 +153,7 @@ fn word(text: &str, words: &[&'static str]) -> Option<&'static str> {
         return Some(word);
     }
     let synonyms: &[&str] = match boolean(text)? {
-        true => &["true", "required"],
+        true => &["true"],
         false => &["false", "off"],
     };
     words.iter().find(|word| synonyms.contains(word)).copied()
