@@ -21,7 +21,7 @@ use tokio::net::TcpListener;
 use crate::app::App;
 use crate::instance::{Address, Instance, Role};
 use crate::log;
-use crate::passage;
+use crate::passage::{self, Refused};
 use crate::pool::Pool;
 use crate::reply::{self, Reply};
 use crate::service::describe;
@@ -47,7 +47,9 @@ pub async fn serve(listener: TcpListener, app: Arc<App>) {
                 let app = app.clone();
                 async move {
                     let answer = handle(&app, request).await;
-                    Ok::<_, Infallible>(answer.unwrap_or_else(|refused| refused))
+                    Ok::<_, Infallible>(
+                        answer.unwrap_or_else(|(status, why)| reply::error(status, &why)),
+                    )
                 }
             });
             // A client that breaks off an admin request gets none of it done but what was.
@@ -56,7 +58,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>) {
     }
 }
 
-type Handled = Result<Response<Reply>, Response<Reply>>;
+type Handled = Result<Response<Reply>, Refused>;
 
 async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Handled {
     let path = request.uri().path().trim_matches('/').replace("%3A", ":");
@@ -81,10 +83,11 @@ async fn handle(app: &Arc<App>, request: Request<Incoming>) -> Handled {
             log::info(format!("{} server {}: {action}", instance.role, instance.name));
             Ok(reply::json(StatusCode::OK, &describe(&instance)))
         }
-        _ => Err(reply::error(
+        _ => Err((
             StatusCode::NOT_FOUND,
             "GET or POST /instances, DELETE /instances/ROLE/HOST:PORT, \
-             POST /instances/ROLE/HOST:PORT/drain or /undrain",
+             POST /instances/ROLE/HOST:PORT/drain or /undrain"
+                .to_owned(),
         )),
     }
 }
@@ -98,9 +101,8 @@ struct NewInstance {
 }
 
 async fn add(app: &Arc<App>, request: Request<Incoming>) -> Handled {
-    let bad = |why: String| reply::error(StatusCode::BAD_REQUEST, &why);
-    let body = passage::read_body(app, request.into_body()).await;
-    let body = body.map_err(|(status, why)| reply::error(status, &why))?;
+    let bad = |why: String| (StatusCode::BAD_REQUEST, why);
+    let body = passage::read_body(app, request.into_body()).await?;
     let new: NewInstance = serde_json::from_slice(&body).map_err(|error| bad(error.to_string()))?;
     let address = Address::new(&new.host, new.port).map_err(bad)?;
     upstream::resolve(&address).await.map_err(bad)?;
@@ -108,18 +110,18 @@ async fn add(app: &Arc<App>, request: Request<Incoming>) -> Handled {
     let instance = Arc::new(Instance::new(new.role, address, app.settings.health));
     if !pool.add(instance.clone()) {
         let why = format!("{} server {} is there already", new.role, instance.name);
-        return Err(reply::error(StatusCode::CONFLICT, &why));
+        return Err((StatusCode::CONFLICT, why));
     }
     log::info(format!("{} server {} is added", new.role, instance.name));
     watch::spawn(app.clone(), instance.clone());
     Ok(reply::json(StatusCode::CREATED, &describe(&instance)))
 }
 
-fn pool_of(app: &App, role: Role) -> Result<&Arc<Pool>, Response<Reply>> {
+fn pool_of(app: &App, role: Role) -> Result<&Arc<Pool>, Refused> {
     app.pools.of(role).ok_or_else(|| {
         let roles: Vec<_> = app.pools.all().iter().map(|pool| pool.role.to_string()).collect();
         let why = format!("no {role} servers in this mode; roles are {}", roles.join(" and "));
-        reply::error(StatusCode::BAD_REQUEST, &why)
+        (StatusCode::BAD_REQUEST, why)
     })
 }
 
@@ -127,8 +129,8 @@ fn find<'a>(
     app: &'a App,
     role: &str,
     name: &str,
-) -> Result<(&'a Arc<Pool>, Arc<Instance>), Response<Reply>> {
-    let not_found = |why: String| reply::error(StatusCode::NOT_FOUND, &why);
+) -> Result<(&'a Arc<Pool>, Arc<Instance>), Refused> {
+    let not_found = |why: String| (StatusCode::NOT_FOUND, why);
     let parsed: Role = serde_json::from_value(Value::from(role))
         .map_err(|_| not_found(format!("no role `{role}`: prefill, decode or worker")))?;
     let pool = pool_of(app, parsed)?;

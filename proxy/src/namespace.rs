@@ -61,10 +61,11 @@ impl Namespace {
         for line in text.lines() {
             let Some((name, rest)) = line.split_once('{') else { continue };
             let bare = name.rsplit_once(':').map_or(name, |(_, bare)| bare);
-            if !name.starts_with('#') && bare == METRIC {
-                if let Some(labels) = labels(rest) {
-                    return Self::Known(labels);
-                }
+            if !name.starts_with('#')
+                && bare == METRIC
+                && let Some(labels) = labels(rest)
+            {
+                return Self::Known(labels);
             }
         }
         Self::Unknown

@@ -146,10 +146,10 @@ impl Record {
     pub fn answer(&mut self, events: u64, prompt_tokens: Option<u64>) {
         self.line.events = events;
         self.line.prompt_tokens = prompt_tokens;
-        if let (Some(prefill), Some(decode)) = (self.prefill_prompt_tokens.take(), prompt_tokens) {
-            if prefill != decode {
-                self.app.metrics.prompt_mismatches.fetch_add(1, Relaxed);
-            }
+        if let (Some(prefill), Some(decode)) = (self.prefill_prompt_tokens.take(), prompt_tokens)
+            && prefill != decode
+        {
+            self.app.metrics.prompt_mismatches.fetch_add(1, Relaxed);
         }
     }
 

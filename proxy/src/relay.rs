@@ -151,10 +151,10 @@ impl Relay {
     }
 
     fn end(&mut self) -> Option<Result<Frame<Bytes>, io::Error>> {
-        if let Form::Events(generation) = self.form {
-            if self.lacks_end(generation) {
-                return self.break_off("closed the stream before its end", Outcome::BrokenOff);
-            }
+        if let Form::Events(generation) = self.form
+            && self.lacks_end(generation)
+        {
+            return self.break_off("closed the stream before its end", Outcome::BrokenOff);
         }
         self.lease.instance.request_passed();
         if let Some(connection) = self.connection.take() {
