@@ -51,6 +51,11 @@ impl Identity {
         unsafe { hash(self.seed(PART_UNIT), pieces, 0, bytes) }
     }
 
+    /// Checksum of a whole part that lies in ordinary memory.
+    pub fn part_in(&self, bytes: &[u8]) -> u64 {
+        nonzero(Hasher::oneshot_with_seed(self.seed(PART_UNIT), bytes))
+    }
+
     /// Checksum of unit `unit`, which begins `skip` bytes into `pieces`.
     ///
     /// # Safety
@@ -174,6 +179,8 @@ mod tests {
             assert_eq!(id.unit(1, &one, 4096, 8192), id.unit(1, &many, 4096, 8192));
             assert_ne!(id.unit(1, &one, 4096, 8192), id.unit(2, &many, 4096, 8192));
             assert_eq!(id.part(&one, 40_001), NO_CHECKSUM);
+            let whole = id.part(&many, 40_000);
+            assert_eq!(whole, id.part_in(&bytes));
         }
     }
 

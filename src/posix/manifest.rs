@@ -21,7 +21,7 @@ use crate::config::Durability;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, Class, Create, File, OpenHow, Operation, Request};
 use crate::posix::format::{
-    HEAD_PAGE_FIRST, Head, ManifestHeader, RECORD_BYTES, RECORD_PAGE_FIRST, RECORDS_PER_PAGE,
+    HEAD_PAGE_FIRST, Head, Kind, ManifestHeader, RECORD_BYTES, RECORD_PAGE_FIRST, RECORDS_PER_PAGE,
     Record, head_record_mut, record_seal,
 };
 use crate::posix::home::Home;
@@ -413,8 +413,10 @@ impl Commit {
         let manifest = Arc::clone(&self.manifest);
         let config = &manifest.home.layout.config;
         let flush = config.durability == Durability::Durable;
-        // Promise 6: after a pause, ask who owns the name before anything is acknowledged.
-        let check = manifest.silence() > config.lease / 2;
+        // Promise 6: after a pause, ask who owns the name before anything is acknowledged. A heartbeat asks
+        // too: it has time, and a silent writer that was taken for dead learns of it.
+        let beats = self.items.iter().any(|item| item.record.kind == Kind::Heartbeat);
+        let check = beats || manifest.silence() > config.lease / 2;
         if !flush && !check {
             return self.end(Ok(()));
         }

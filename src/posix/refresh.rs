@@ -26,6 +26,9 @@ use crate::posix::tail::{Growth, ManifestTail};
 /// rename may show neither name.
 const MISSING_MAX: u32 = 2;
 
+/// Listings of one round.
+const LISTINGS_MAX: u32 = 3;
+
 /// Which manifests are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -323,8 +326,21 @@ impl Round {
 }
 
 impl Reader {
+    /// A listed name that is gone was renamed meanwhile (fenced, say): it is under its new name in the next
+    /// listing, and what it publishes must be found by this round.
     fn poll_all(&self, refresher: &Refresher) -> Result<()> {
+        for _ in 1..LISTINGS_MAX {
+            if self.poll_listed(refresher)? == 0 {
+                return Ok(());
+            }
+        }
+        self.poll_listed(refresher).map(drop)
+    }
+
+    /// Reads every manifest in a fresh listing; returns how many names were gone by the time they were read.
+    fn poll_listed(&self, refresher: &Refresher) -> Result<usize> {
         let home = &self.home;
+        let mut vanished = 0;
         let listed = home.backend.files().list(&home.manifests)?;
         let names: HashMap<Key, ManifestName> = listed
             .iter()
@@ -341,7 +357,9 @@ impl Reader {
                 tail.renamed(home, *name);
             }
             if let Err(error) = self.poll(refresher, tail) {
-                if error.kind() != ErrorKind::NotFound {
+                if error.kind() == ErrorKind::NotFound {
+                    vanished += 1;
+                } else {
                     refresher.counters.unreadable.fetch_add(1, Ordering::Relaxed);
                     crate::log::once(
                         crate::log::Level::Warning,
@@ -362,7 +380,7 @@ impl Reader {
             tails.remove(&key);
             self.forget(refresher, key, tails.keys().any(|other| other.0 == key.0));
         }
-        Ok(())
+        Ok(vanished)
     }
 
     fn poll(&self, refresher: &Refresher, tail: &mut ManifestTail) -> Result<()> {

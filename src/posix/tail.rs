@@ -123,7 +123,12 @@ impl ManifestTail {
         if self.header.is_none() && !self.read_header(home, &pages.bytes()[..PAGE])? {
             return Ok(());
         }
-        let Some((head, at)) = self.newest_head(pages.bytes()) else { return Ok(()) };
+        let Some((head, at)) = self.newest_head(pages.bytes()) else {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "neither head page of the manifest is whole; its parts are missing until it is",
+            ));
+        };
         if head.commit == self.commit {
             return Ok(());
         }

@@ -1,5 +1,8 @@
 //! Tests of the whole tier, over real files and over the seeded disk.
 
+mod lost_manifests;
+mod manifest_damage;
 mod recovery;
 mod round_trip;
+mod sample;
 mod world;

@@ -609,6 +609,12 @@ impl Tier {
         }
     }
 
+    /// The savers, for tests that look inside.
+    #[cfg(test)]
+    pub(crate) fn savers(&self) -> &[Arc<Saver>] {
+        &self.savers
+    }
+
     /// Cleans up after dead writers, in all backends; `done` gets what was done. Stores that only look up
     /// need not: those that save do it when they open.
     pub fn recover(&self, done: Box<dyn FnOnce(Result<Recovered>) + Send>) {

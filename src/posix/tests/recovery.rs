@@ -99,12 +99,12 @@ fn a_paused_writer_becomes_a_new_one() {
     let writer =
         Tier::open_as(dead_process(), &namespace(1), scope, backends, short, deadline()).unwrap();
     save(&writer, key(1, 0)).unwrap();
-    // It is fenced while it sleeps: its heart cannot beat because the name is gone.
+    // It is fenced while it sleeps, and notices by its heartbeat, or by how long it slept.
     let heir = open(dir.path());
     recover(&heir);
     let mut failures = 0;
     loop {
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(std::time::Duration::from_millis(200));
         match save(&writer, key(2, 0)) {
             Ok(()) => break,
             Err(error) => {
@@ -117,5 +117,5 @@ fn a_paused_writer_becomes_a_new_one() {
     for number in [1, 2] {
         assert_eq!(load(&heir, &key(number, 0)).unwrap(), expected(&key(number, 0)));
     }
-    assert_eq!(files_with(dir.path(), ".fenced").len(), 1);
+    assert!(!files_with(dir.path(), ".fenced").is_empty());
 }
