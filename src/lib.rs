@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod cache;
+pub mod capi;
 pub mod clock;
 pub mod completion;
 pub mod config;
