@@ -435,6 +435,36 @@ pub static KEYS: &[Key] = &[
         "Save and load layer by layer, overlapped with computation.",
     ),
     connector(
+        "handoff",
+        Kind::Word(&["promise", "blocking"]),
+        "promise",
+        "When blocks that a prefill server announces can be loaded. `promise`: the answer announces them and the decode server waits for them; `blocking`: the step that finishes a prompt waits until they are persisted.",
+    ),
+    Key {
+        unit: "milliseconds",
+        ..connector(
+            "handoff_wait_ms",
+            Kind::Integer(0, HOUR_MS),
+            "5000",
+            "How long a decode server waits for announced blocks before it computes them.",
+        )
+    },
+    Key {
+        unit: "milliseconds",
+        ..connector(
+            "save_wait_ms",
+            Kind::Integer(0, HOUR_MS),
+            "5000",
+            "Bound of every wait for saves: preemption, blocking handoff, shutdown.",
+        )
+    },
+    connector(
+        "strict_load_failure",
+        Kind::Bool,
+        "false",
+        "Obey vLLM's `kv_load_failure_policy: fail`. By default blocks that cannot be loaded are recomputed.",
+    ),
+    connector(
         "metrics_config_path",
         Kind::Text(4096),
         "",
@@ -443,7 +473,7 @@ pub static KEYS: &[Key] = &[
     connector(
         "hit_ratio",
         Kind::Number(0.0, 1.0),
-        "",
+        "1",
         "Upper bound on the share of a prompt that is loaded, for experiments.",
     ),
     connector(

@@ -151,6 +151,26 @@ fn text_and_yaml_mean_the_same() {
 }
 
 #[test]
+fn the_connectors_keys_pass_through() {
+    // Goal: a file with every key of the connector, and one connector that is no list, is accepted; their
+    // values are checked.
+    let file = |top: &str| {
+        format!(
+            "ucm_connectors:\n  ucm_connector_name: UcmPipelineStore\n  ucm_connector_config:\n    storage_backends: /a\n    block_size: 4096\n    model_id: m\n{top}"
+        )
+    };
+    let all: String = KEYS
+        .iter()
+        .filter(|key| key.scope == Scope::Connector && !key.default.is_empty())
+        .map(|key| format!("{}: {}\n", key.name, key.default))
+        .collect();
+    assert_eq!(built(&file(&all)).warnings, [] as [String; 0]);
+    assert_refused(&file("handoff: never"), &["handoff", "promise, blocking"]);
+    assert_refused(&file("use_layerwise: sometimes"), &["use_layerwise"]);
+    assert_refused(&file("use_layrwise: true"), &["use_layrwise", "use_layerwise"]);
+}
+
+#[test]
 fn required_turns_a_fallback_into_an_error() {
     // Goal: every key with a fallback takes `required`; YAML's `off` and `false` mean the same.
     let config = built(&with(

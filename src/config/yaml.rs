@@ -80,7 +80,7 @@ impl<'de> DeserializeSeed<'de> for Connectors {
     type Value = Vec<(Option<String>, Entries)>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_seq(self)
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -97,6 +97,11 @@ impl<'de> Visitor<'de> for Connectors {
             connectors.push(connector);
         }
         Ok(connectors)
+    }
+
+    /// One connector that somebody forgot to make a list of.
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        Ok(vec![Connector.visit_map(map)?])
     }
 }
 
