@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from typing import Any
 
@@ -23,19 +25,25 @@ def model(tmp_path_factory: Any) -> str:
     return str(make(tmp_path_factory.mktemp("model")))
 
 
-def vllm_config(model: str, role: str = "kv_both", caching: bool = True, tokens: int = 64, **top: Any) -> Any:
-    extra = {"ucm_connectors": [{"ucm_connector_config": LOOSE}], **top}
+@functools.cache
+def _vllm_config(model: str, role: str, caching: bool, tokens: int) -> Any:
     transfer = KVTransferConfig(
         kv_connector="UCMConnector",
         kv_role=role,
         kv_connector_module_path="ucm.integration.vllm.ucm_connector",
-        kv_connector_extra_config=extra,
+        kv_connector_extra_config={"ucm_connectors": [{"ucm_connector_config": LOOSE}]},
     )
     return EngineArgs(
         model=model, dtype="bfloat16", max_model_len=4096, block_size=32, max_num_seqs=16,
         max_num_batched_tokens=tokens, enforce_eager=True, enable_prefix_caching=caching,
         kv_transfer_config=transfer,
     ).create_engine_config()  # fmt: skip
+
+
+def vllm_config(model: str, role: str = "kv_both", caching: bool = True, tokens: int = 64, **top: Any) -> Any:
+    config = copy.deepcopy(_vllm_config(model, role, caching, tokens))
+    config.kv_transfer_config.kv_connector_extra_config |= top
+    return config
 
 
 def prompts(count: int, seed: int = 0) -> dict[str, list[int]]:
@@ -198,6 +206,26 @@ def test_handoff_waits_until_published(model: str) -> None:
     assert decode.results["d"].tokens == expected(prompt, 8)
     assert world.loaded == 4
     assert world.saved == 4  # a consumer saves nothing
+
+
+def test_request_of_several_prompts_finds_its_own_promise(model: str) -> None:
+    """A router gives all prompts of a request every promise; each waits for its own, or for none."""
+    world = World()
+    asked = {f"p{i}": [i] * (3 * BLOCK + 3) for i in range(3)}
+    prefill = Simulation(vllm_config(model), world)
+    for name, prompt in asked.items():
+        prefill.add(name, prompt, 1)
+    prefill.run()
+    promises = [prefill.results[name].params["ucm"] for name in asked]
+    params = {"ucm": {"version": 1, "promises": promises}}
+    decode = Simulation(vllm_config(model), world)
+    asked["other"] = [9] * (3 * BLOCK)
+    for name, prompt in asked.items():
+        decode.add(name, prompt, 8, kv_transfer_params=params)
+    loaded = world.loaded
+    decode.run()
+    check(decode, asked)
+    assert world.loaded - loaded == 9
 
 
 @pytest.mark.parametrize("end", ["timeout", "abandoned", "mismatch"])

@@ -54,6 +54,8 @@ class ConnectorConfig:
     """At most this share of a prompt's blocks is loaded; below 1 for experiments only."""
     save_wait_ms: int = 5000
     """Bound of every wait for saves: preemption, blocking handoff, shutdown."""
+    instance: str = ""
+    """Not a key: vLLM's engine id, the same in all processes of a server."""
     model_id: str = ""
     """A key of the engine. Replaces the fingerprint of config and weights: equal ids, equal models."""
     namespace_extra: str = ""
@@ -69,7 +71,9 @@ class ConfigError(ValueError):
 ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms")
 """Keys of the engine's mapping that the connector has to know too."""
 
-_TOP_KEYS: Final = tuple(f.name for f in fields(ConnectorConfig) if f.name not in ("text", *ENGINE_KEYS))
+_TOP_KEYS: Final = tuple(
+    f.name for f in fields(ConnectorConfig) if f.name not in ("text", "instance", *ENGINE_KEYS)
+)
 
 
 def _value(name: str, value: Any, default: Any) -> Any:

@@ -40,9 +40,7 @@ def announce(namespace: Namespace, block_tokens: int, ids: Any, writer: str) -> 
     }
 
 
-def read(params: Any) -> Promise | None:
-    """The promise in a request's ``kv_transfer_params``; None if there is none that can be read."""
-    entry = params.get(KEY) if isinstance(params, Mapping) else None
+def _one(entry: Any) -> Promise | None:
     if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
         return None
     namespace = entry.get("namespace")
@@ -61,24 +59,42 @@ def read(params: Any) -> Promise | None:
     return promise if promise.blocks > 0 and promise.tokens > 0 else None
 
 
+def read(params: Any) -> list[Promise]:
+    """The promises in a request's ``kv_transfer_params``; what cannot be read is left out.
+
+    A router that split a request with several prompts sends one for each under ``promises``, since
+    vLLM gives all of them the same parameters.
+    """
+    entry = params.get(KEY) if isinstance(params, Mapping) else None
+    if not isinstance(entry, Mapping):
+        return []
+    listed = entry.get("promises")
+    entries = listed if isinstance(listed, list) else [entry]
+    return [promise for promise in map(_one, entries) if promise is not None]
+
+
 class Wait:
     """A request's wait for its promise."""
 
-    def __init__(self, promise: Promise, wait_ms: int) -> None:
-        self.promise = promise
+    def __init__(self, promises: list[Promise], wait_ms: int) -> None:
+        self.promises = promises
         self.started = time.monotonic()
         self.deadline = self.started + wait_ms / 1000
         self.waited = False
+        self.blocks: int | None = None
+        """How many blocks of this prompt were announced; None: not yet compared."""
 
-    def mismatches(self, mine: Namespace, ids: Any) -> list[str]:
-        """In what the announcement differs from what this server computed; empty if in nothing.
+    def compare(self, mine: Namespace, ids: Any) -> list[str]:
+        """Finds the promise for these ids; gives in what it differs, if none can be waited for.
 
-        A different byte order alone is no mismatch of content, but blocks in it are not found here.
+        A promise for another prompt of the same request is no difference.
         """
-        fields = differences(mine.describe(), self.promise.namespace)
-        if fields:
-            return fields
-        last = self.promise.blocks - 1
-        if last < len(ids) and ids[last].tobytes().hex() != self.promise.last_block:
-            return ["tokens"]
-        return []
+        self.blocks = 0
+        for promise in self.promises:
+            fields = differences(mine.describe(), promise.namespace)
+            if fields:
+                return fields
+            last = promise.blocks - 1
+            if last < len(ids) and ids[last].tobytes().hex() == promise.last_block:
+                self.blocks = max(self.blocks, promise.blocks)
+        return ["tokens"] if self.blocks == 0 and len(self.promises) == 1 else []

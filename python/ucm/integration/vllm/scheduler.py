@@ -91,8 +91,8 @@ class SchedulerSide:
         if state is None:
             extras = RequestExtras(request, self._block_tokens, self._adapters.of)
             chain = BlockChain(self._store, extras, self._block_tokens)
-            promise = handoff.read(getattr(request, "kv_transfer_params", None)) if self._loads else None
-            wait = handoff.Wait(promise, self._config.handoff_wait_ms) if promise else None
+            promises = handoff.read(getattr(request, "kv_transfer_params", None)) if self._loads else []
+            wait = handoff.Wait(promises, self._config.handoff_wait_ms) if promises else None
             state = self._requests[request.request_id] = RequestState(request, chain, wait)
         return state
 
@@ -146,11 +146,14 @@ class SchedulerSide:
         """Whether the wait for a promise is over."""
         wait = state.wait
         assert wait is not None
-        ids = state.chain.upto(state.request, limit)
-        fields = wait.mismatches(self._namespace, ids)
-        for field in fields:
-            self.stats.add(MISMATCH_PREFIX + field)
-        wanted = min(wait.promise.blocks, limit)
+        fields: list[str] = []
+        if wait.blocks is None:
+            full = state.request.num_tokens // self._block_tokens
+            fields = wait.compare(self._namespace, state.chain.upto(state.request, full))
+            for field in fields:
+                self.stats.add(MISMATCH_PREFIX + field)
+        assert wait.blocks is not None
+        wanted = min(wait.blocks, limit)
         end = first + state.hits
         reason = ""
         if fields:
@@ -162,7 +165,7 @@ class SchedulerSide:
             if now >= wait.deadline:
                 self.stats.add("handoff_timeouts")
                 reason = f"{wanted - end} of {wanted} blocks were not published in time"
-            elif self._store.lookup_abandoned(ids[end:wanted]).any():
+            elif self._abandoned(state, end, wanted):
                 self.stats.add("handoff_abandoned")
                 reason = "their writer gave them up"
             else:
@@ -174,6 +177,10 @@ class SchedulerSide:
             self.stats.add("handoff_wait_seconds", now - wait.started)
         state.wait = None
         return True
+
+    def _abandoned(self, state: RequestState, first: int, end: int) -> bool:
+        ids = state.chain.upto(state.request, end)[first:]
+        return bool(self._store.lookup_abandoned(ids).any())
 
     def _tell(self, state: RequestState, computed_tokens: int) -> None:
         state.told = True

@@ -23,6 +23,8 @@ LOOKUP_ONLY: Final = -1
 def _options(config: ConnectorConfig, namespace: Namespace, values: dict[str, Any]) -> Options:
     options = Options(config.text)
     options.update(namespace.engine_options())
+    if config.instance:
+        options.set("unique_id", config.instance)  # the scheduler's store sees its workers' DRAM
     options.update(values)
     return options
 

@@ -7,6 +7,7 @@ Owns the translation of vLLM's connector interface, which differs by version, in
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,10 @@ class UCMConnector(KVConnectorBase_V1):
         from ucm.integration.vllm.geometry import group_shape
         from ucm.integration.vllm.platform import find_namespace
 
-        self._config = load_config(self._kv_transfer_config.kv_connector_extra_config)
+        transfer = self._kv_transfer_config
+        self._config = dataclasses.replace(
+            load_config(transfer.kv_connector_extra_config), instance=str(transfer.engine_id or "")
+        )
         self._shape = group_shape(kv_cache_config)
         self._namespace: Namespace = find_namespace(vllm_config, self._config, self._shape.block_tokens)
         self._scheduler: SchedulerSide | None = None
