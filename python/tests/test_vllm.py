@@ -1,0 +1,186 @@
+"""Real vLLM on the CPU with the connector and the real engine: output is token for token the same.
+
+Every process is a new vLLM; what it prints is kept beside its result and shown when it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tiny_model import make
+
+HERE = Path(__file__).parent
+BLOCK = 32
+LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 1, 8 * BLOCK, 500, 1000, 2000)
+PROCESS_TIMEOUT_S = 600
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed * 10_007 + length)
+    return [rng.randrange(3, 500) for _ in range(length)]
+
+
+def loadable(prompts: list[list[int]]) -> int:
+    """Tokens of prompts that a store can spare: whole blocks, never the last token."""
+    return sum((len(p) - 1) // BLOCK * BLOCK for p in prompts)
+
+
+class Bench:
+    """Runs vLLM processes on one model."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = str(make(root / "model"))
+        self._count = 0
+
+    def config(self, name: str, **inner: Any) -> dict[str, Any]:
+        top = {k: inner.pop(k) for k in list(inner) if k in ("use_layerwise", "enable_event_sync")}
+        store = {
+            "store_pipeline": "Cache|Posix",
+            "storage_backends": str(self.root / name),
+            "cache_buffer_capacity_gb": 0.25,
+            "segment_size_mb": 16,
+            **inner,
+        }
+        block = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
+        return {"ucm_connectors": [block], **top}
+
+    def run(self, phases: list[dict[str, Any]], **job: Any) -> list[dict[str, Any]]:
+        self._count += 1
+        result = self.root / f"result-{self._count}.json"
+        log = self.root / f"log-{self._count}.txt"
+        job |= {"model": self.model, "directory": str(self.root), "phases": phases, "result": str(result)}
+        environment = os.environ | ENVIRONMENT
+        with open(log, "wb") as file:
+            done = subprocess.run(
+                [sys.executable, str(HERE / "vllm_process.py")], input=json.dumps(job).encode(),
+                stdout=file, stderr=file, env=environment, timeout=PROCESS_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        text = log.read_text(errors="replace")
+        assert done.returncode == 0 and result.exists(), text[-6000:]
+        out: list[dict[str, Any]] = json.loads(result.read_text())
+        return out
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: Any) -> Bench:
+    return Bench(tmp_path_factory.mktemp("vllm"))
+
+
+PROMPTS = [prompt(n, 1) for n in LENGTHS]
+TAILS = [prompt(1000, 1)[:cut] + prompt(70, 2) for cut in (BLOCK, 5 * BLOCK, 700)]
+TURN = [prompt(100, 4)]
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Bench) -> list[dict[str, Any]]:
+    """(a): vLLM without a connector."""
+    phases = [
+        {"prompts": PROMPTS},
+        {"prompts": TAILS, "reset": True},
+        {"prompts": TURN, "chat": 4, "reset": True},
+        {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4, "reset": True},
+    ]
+    return bench.run(phases)
+
+
+def loaded(phase: dict[str, Any]) -> float:
+    return float(phase["counters"].get("ucm_verified_loaded_tokens", 0))
+
+
+def external(phase: dict[str, Any]) -> float:
+    return float(phase["counters"].get("vllm:external_prefix_cache_hits", 0))
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_saved_and_loaded_by_another_process(
+    bench: Bench, plain: list[dict[str, Any]], layerwise: bool
+) -> None:
+    """(b) (c) (d) (f) (h): the first run, a new process that loads all, partial hits, a chat."""
+    config = bench.config(f"kv-{layerwise}", use_layerwise=layerwise)
+    first = bench.run([{"prompts": PROMPTS}, {"prompts": TURN, "chat": 4, "reset": True}], config=config)
+    assert first[0]["outputs"] == plain[0]["outputs"]
+    assert first[1]["outputs"] == plain[2]["outputs"]
+    assert loaded(first[0]) == 0
+    phases = [
+        {"prompts": PROMPTS},
+        {"prompts": TAILS, "reset": True},
+        {"prompts": TURN, "chat": 4, "reset": True},
+        {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4, "reset": True},
+        {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4},
+    ]
+    second = bench.run(phases, config=config)
+    assert [phase["outputs"] for phase in second[:4]] == [phase["outputs"] for phase in plain]
+    assert loaded(second[0]) == external(second[0]) == loadable(PROMPTS)
+    assert loaded(second[1]) >= sum(cut // BLOCK * BLOCK for cut in (BLOCK, 5 * BLOCK, 700))
+    # Of the chat's last prompt all but the newest turn is there, answers included.
+    assert loaded(second[2]) >= 3 * BLOCK
+    for phase in second[3:]:
+        assert phase["outputs"] == plain[3]["outputs"]
+        assert phase["prompt_logprobs"] == plain[3]["prompt_logprobs"]
+
+
+def test_chunked_and_preempted(bench: Bench) -> None:
+    """(e) (g): prompts in chunks, in a KV space so small that requests are preempted and resumed."""
+    engine = {"max_num_batched_tokens": 192, "enable_chunked_prefill": True, "num_gpu_blocks_override": 70}
+    engine["max_model_len"] = 2048
+    many = [prompt(400 + 37 * i, 6) for i in range(6)]
+    phases = [{"prompts": many, "tokens": 200}, {"prompts": many, "tokens": 200, "reset": True}]
+    reference = bench.run(phases[:1], engine=engine)
+    stored = bench.run(phases, engine=engine, config=bench.config("kv-small"))
+    assert reference[0]["counters"].get("vllm:num_preemptions", 0) > 0
+    for phase in stored:
+        assert phase["outputs"] == reference[0]["outputs"]
+    assert loaded(stored[1]) >= loadable(many)
+
+
+def test_damaged_bytes_are_seen(bench: Bench, plain: list[dict[str, Any]]) -> None:
+    """These tests can fail: with the checksum off, damaged bytes change the output; with it they do not."""
+    for checksum in ("off", "full"):
+        name = f"kv-damaged-{checksum}"
+        config = bench.config(name, store_pipeline="Posix", checksum=checksum)
+        phases = [
+            {"prompts": PROMPTS},
+            {"prompts": PROMPTS, "reset": True, "damage": str(bench.root / name)},
+        ]
+        first, second = bench.run(phases, config=config)
+        assert first["outputs"] == plain[0]["outputs"]
+        if checksum == "off":
+            assert second["outputs"] != plain[0]["outputs"]
+        else:
+            assert second["outputs"] == plain[0]["outputs"]
+            assert second["counters"].get("ucm_load_failed_blocks", 0) > 0
+
+
+def test_time_to_first_token(bench: Bench) -> None:
+    """Prints, asserts nothing but equality: 12 prompts of 1500 tokens, computed and loaded."""
+    prompts = [prompt(1500, 20 + i) for i in range(12)]
+    phases = [
+        {"prompts": prompts, "tokens": 1},
+        {"prompts": prompts, "tokens": 1, "reset": True},
+    ]
+    first, second = bench.run(phases, config=bench.config("kv-time"))
+    assert first["outputs"] == second["outputs"]
+    print(f"12 x 1500 tokens: computed {first['seconds']:.2f} s, loaded {second['seconds']:.2f} s")
