@@ -102,6 +102,13 @@ pub fn may_be_json(headers: &HeaderMap) -> bool {
     value.to_str().is_ok_and(|text| text.to_ascii_lowercase().contains("json"))
 }
 
+/// Whether an answer is one JSON value, not lines of them.
+pub fn is_json(headers: &HeaderMap) -> bool {
+    let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let kind = value.and_then(|text| text.split(';').next()).unwrap_or_default();
+    kind.trim().eq_ignore_ascii_case("application/json")
+}
+
 /// Whether an answer is a stream of server-sent events.
 pub fn is_event_stream(headers: &HeaderMap) -> bool {
     let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());

@@ -200,32 +200,35 @@ async fn begun(
 ) -> Result<Begun, Failure> {
     let Answer { head, mut body, connection } = answer;
     let broken = |error: hyper::Error| Failure::Broken(upstream::chain(&error));
-    let length = body.size_hint().exact();
-    if length.is_some_and(|length| length <= WHOLE_ANSWER_BYTES_MAX) {
-        let bytes = upstream::collect(body, usize::MAX).await.map_err(broken)?;
-        let instance = &lease.instance;
-        instance.idle.put(connection);
-        instance.counters.seconds.observe(started.elapsed());
-        if says_unwell(head.status) {
-            instance.request_failed(&format!("it answered {}", head.status));
-        } else {
-            instance.request_passed();
+    let is_stream = headers::is_event_stream(&head.headers);
+    // A server may send JSON without its length; events and what is long flow.
+    let length = body.size_hint().exact().map(|length| length <= WHOLE_ANSWER_BYTES_MAX);
+    let gathers = !is_stream && length.unwrap_or_else(|| headers::is_json(&head.headers));
+    let ends_with_connection =
+        !head.headers.contains_key(CONTENT_LENGTH) && !head.headers.contains_key(TRANSFER_ENCODING);
+    let mut gathered: Vec<u8> = Vec::new();
+    while let Some(frame) = upstream::next_frame(&mut body).await {
+        let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+        if gathers && (gathered.len() + data.len()) as u64 <= WHOLE_ANSWER_BYTES_MAX {
+            gathered.extend_from_slice(&data);
+            continue;
         }
-        return Ok(Begun::Whole(head, bytes.unwrap_or_default()));
+        let first = if gathered.is_empty() { data } else { [&gathered, &data[..]].concat().into() };
+        let flow = Flow { body, first: Some(first), connection, ends_with_connection };
+        return Ok(Begun::Flowing(head, flow));
     }
-    let has_length = head.headers.contains_key(CONTENT_LENGTH);
-    let ends_with_connection = !has_length && !head.headers.contains_key(TRANSFER_ENCODING);
-    let mut first = None;
-    while first.is_none() {
-        match upstream::next_frame(&mut body).await {
-            Some(frame) => first = frame.map_err(broken)?.into_data().ok(),
-            None if headers::is_event_stream(&head.headers) => {
-                return Err(Failure::Broken("the stream ended before its first event".to_owned()));
-            }
-            None => break,
-        }
+    if is_stream {
+        return Err(Failure::Broken("the stream ended before its first event".to_owned()));
     }
-    Ok(Begun::Flowing(head, Flow { body, first, connection, ends_with_connection }))
+    let instance = &lease.instance;
+    instance.idle.put(connection);
+    instance.counters.seconds.observe(started.elapsed());
+    if says_unwell(head.status) {
+        instance.request_failed(&format!("it answered {}", head.status));
+    } else {
+        instance.request_passed();
+    }
+    Ok(Begun::Whole(head, gathered.into()))
 }
 
 fn whole(asked: &Asked, head: response::Parts, body: Bytes, mut record: Record) -> Response<Reply> {
@@ -264,7 +267,7 @@ fn response_of(asked: &Asked, head: response::Parts, reply: Reply) -> Response<R
     let mut response = Response::new(reply);
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
-    if matches!(response.body(), Reply::Relay(_)) && asked.form != Form::Plain {
+    if asked.form != Form::Plain && headers::is_event_stream(response.headers()) {
         // A stream that breaks off gets an error at its end: its length is not known before.
         response.headers_mut().remove(CONTENT_LENGTH);
     }

@@ -207,14 +207,14 @@ pub async fn send(
         if !is_ready(&mut connection).await {
             continue;
         }
-        let request = outgoing.request(instance, SendBody::Full(Some(body.clone())));
+        let request = outgoing.request(instance, in_memory(&body));
         match exchange(connection, request, deadlines.head).await {
             Err(Failure::Unsent) => continue,
             other => return other,
         }
     }
     let connection = connect(&instance.address, deadlines.connect).await?;
-    let request = outgoing.request(instance, SendBody::Full(Some(body)));
+    let request = outgoing.request(instance, in_memory(&body));
     exchange(connection, request, deadlines.head).await
 }
 
@@ -242,6 +242,10 @@ pub async fn send_stream(
     let connection = connect(&instance.address, deadlines.connect).await?;
     let request = outgoing.request(instance, SendBody::Stream(body));
     exchange(connection, request, deadlines.head).await
+}
+
+fn in_memory(body: &Bytes) -> SendBody {
+    SendBody::Full((!body.is_empty()).then(|| body.clone()))
 }
 
 async fn is_ready(connection: &mut Connection) -> bool {

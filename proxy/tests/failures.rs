@@ -133,17 +133,18 @@ fn another_decoder_answers_while_nothing_was_answered() {
     // Goal: dead, closing, failing, hanging, ending before the first event, cut inside a whole
     // answer: the other decoder answers, and the client sees one clean answer.
     block_on(async {
-        let cut_json = Script::Stream {
+        let cut_json = |steps| Script::Stream {
             status: 200,
             content_type: "application/json".to_owned(),
-            steps: vec![wait(10), Step::Cut],
+            steps,
         };
         let failing: Vec<(&str, Script)> = vec![
             ("closes", Script::Close),
             ("hangs", Script::Hang),
             ("fails", Script::json(500, &json!({"error": {"message": "engine"}}))),
             ("overloaded", Script::json(503, &json!({}))),
-            ("cut", cut_json),
+            ("cut at once", cut_json(vec![wait(10), Step::Cut])),
+            ("cut within", cut_json(vec![bytes("{\"of\":\"no"), wait(10), Step::Cut])),
             ("no event", Script::events(vec![])),
             ("cut before the first event", Script::events(vec![wait(10), Step::Cut])),
         ];

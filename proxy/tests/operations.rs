@@ -358,3 +358,25 @@ fn the_command_line_explains_itself_and_its_mistakes() {
     let (_, _, error) = run("--worker-port 1 --config /no/such/file.yaml");
     assert!(error.contains("/no/such/file.yaml"), "{error}");
 }
+
+#[test]
+fn the_python_launcher_is_the_same_program() {
+    // Goal: arguments, output and exit status are the binary's; without a binary it says where it
+    // looked.
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../python/ucm/pd/toy_proxy_server.py");
+    let run = |binary: &str, arguments: &[&str]| {
+        let mut command = Command::new("python3");
+        command.arg(script).args(arguments).env("UCM_PROXY", binary);
+        let output = command.output().expect("python3 runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (status, version, _) = run(BINARY, &["--version"]);
+    assert_eq!((status, version.split(' ').next()), (Some(0), Some("ucm-proxy")));
+    let (status, _, error) = run(BINARY, &["--prefiller-hosts", "A", "B", "--prefiller-port", "1"]);
+    assert_eq!(status, Some(2));
+    assert!(error.contains("prefiller hosts"), "{error}");
+    let (status, _, error) = run("/no/such/program", &[]);
+    assert_eq!(status, Some(1));
+    assert!(error.contains("UCM_PROXY") && error.contains("/no/such/program"), "{error}");
+}

@@ -2,8 +2,8 @@
 
 The name is the one that people's scripts call; the proxy itself is a binary. It is looked for in
 this order: the file that the environment variable ``UCM_PROXY`` names, ``bin/ucm-proxy`` in the
-installed package, ``PATH``. Nothing but the standard library is imported, so that the file also
-runs by itself, without the package.
+installed package, this Python's directory of scripts (where the wheel puts it), ``PATH``. Nothing
+but the standard library is imported, so that the file also runs by itself, without the package.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -33,14 +34,17 @@ def find_binary() -> Path:
         if _is_program(Path(named)):
             return Path(named)
         raise BinaryNotFoundError(f"{ENVIRONMENT} is {named!r}, which is no program")
-    packaged = Path(__file__).resolve().parent.parent / "bin" / BINARY
-    if _is_program(packaged):
-        return packaged
+    package = Path(__file__).resolve().parent.parent
+    folders = [package / "bin", Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
+    for folder in folders:
+        if _is_program(folder / BINARY):
+            return folder / BINARY
     found = shutil.which(BINARY)
     if found:
         return Path(found)
+    tried = ", ".join(str(folder) for folder in folders)
     raise BinaryNotFoundError(
-        f"the program {BINARY} is neither at {packaged} nor on PATH: install the wheel, or build "
+        f"the program {BINARY} is neither in {tried} nor on PATH: install the wheel, or build "
         f"it with `cargo build --release -p ucm-proxy` and set {ENVIRONMENT} to its path"
     )
 
