@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+mod demo;
 mod header;
 mod install;
+mod suite;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -12,6 +14,8 @@ const USAGE: &str = "\
 usage: cargo xtask <chore>
 
   header [--check]         write include/ucm.h from src/capi (or only compare)
+  demo [--directory DIR]   build the library and the examples, and run prefill and decode as processes
+  test                     install what the tests need, run every check, and sum up
   install --prefix DIR     build, and put header, libraries, pkg-config and CMake files below DIR
 ";
 
@@ -24,11 +28,16 @@ fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
-/// Builds the library optimised, with the cargo that runs this, and returns the folder it lies in.
+/// The cargo that runs this.
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Builds the library optimised and returns the folder it lies in.
 fn build_release() -> Result<PathBuf, String> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--release", "--package", "ucm", "--lib", "--message-format=json"]);
-    let output = cargo
+    let mut build = cargo();
+    build.args(["build", "--release", "--package", "ucm", "--lib", "--message-format=json"]);
+    let output = build
         .current_dir(root())
         .stderr(Stdio::inherit())
         .output()
@@ -59,6 +68,9 @@ fn main() -> ExitCode {
     let outcome = match words.as_slice() {
         ["header"] => header::write(&root()),
         ["header", "--check"] => header::check(&root()),
+        ["demo"] => demo::run(&root(), None),
+        ["demo", "--directory", directory] => demo::run(&root(), Some(Path::new(directory))),
+        ["test"] => suite::run(&root()),
         ["install", "--prefix", prefix] => install_release(Path::new(prefix)),
         [] | ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
