@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use ucm::posix::rebuild::Depth;
 
 /// Exit status of a command that ran and found something wrong.
 const EXIT_FOUND: u8 = 2;
@@ -63,6 +64,12 @@ fn command() -> Command {
                         .short('n')
                         .action(ArgAction::SetTrue)
                         .help("Only say what would be written"),
+                )
+                .arg(
+                    Arg::new("payload")
+                        .long("payload")
+                        .action(ArgAction::SetTrue)
+                        .help("Also read every part and leave out what does not match its checksum"),
                 ),
         )
         .subcommand(Command::new("version").about("Prints the version"))
@@ -93,7 +100,13 @@ fn run(matches: &ArgMatches) -> Result<ExitCode, String> {
         }
         Some(("verify", inner)) => verify::run(&directory(inner)?).map(found),
         Some(("rebuild", inner)) => {
-            rebuild::run(&directory(inner)?, inner.get_flag("dry-run")).map(found)
+            let mode = if inner.get_flag("dry-run") {
+                rebuild::Mode::DryRun
+            } else {
+                rebuild::Mode::Write
+            };
+            let depth = if inner.get_flag("payload") { Depth::Payload } else { Depth::Trailers };
+            rebuild::run(&directory(inner)?, mode, depth).map(found)
         }
         _ => {
             println!("ucm {}", env!("CARGO_PKG_VERSION"));

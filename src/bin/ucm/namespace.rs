@@ -165,13 +165,6 @@ impl Namespace {
         manifests.map(|h| h.fingerprint).chain(segments.map(|h| h.fingerprint)).next()
     }
 
-    /// Bytes of a part.
-    pub fn part_bytes(&self) -> Option<u64> {
-        let manifests = self.manifests.iter().filter_map(|m| m.header.as_ref().ok());
-        let segments = self.segments.values().filter_map(|s| s.header.as_ref().ok());
-        manifests.map(|h| h.part_bytes).chain(segments.map(|h| h.part_bytes)).next()
-    }
-
     /// The parts that can be found, as a reader with all manifests sees them: published, not dropped, in a
     /// segment that was not retired. Of several copies of a part all are listed.
     pub fn published(&self) -> Vec<Published> {

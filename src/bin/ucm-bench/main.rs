@@ -1,0 +1,149 @@
+//! `ucm-bench`: measures a store as fio measures a drive. See `docs/performance.md`.
+
+mod abi;
+mod calls;
+mod cli;
+mod compare;
+mod device;
+mod fio;
+mod ground;
+mod job;
+mod jobfile;
+mod keys;
+mod memory;
+mod meter;
+mod model;
+mod options;
+mod pattern;
+mod plot;
+mod progress;
+mod random;
+mod report;
+mod run;
+mod source;
+mod sweep;
+mod tally;
+mod trace;
+mod transfer;
+mod units;
+mod writers;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::ArgMatches;
+
+use crate::report::Format;
+use crate::run::Context;
+
+/// Exit status where blocks failed or bytes were wrong.
+const EXIT_FAILURES: u8 = 2;
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("ucm-bench: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start() -> Result<ExitCode, String> {
+    let matches = cli::command().get_matches();
+    if let Some((writers::SUBCOMMAND, matches)) = matches.subcommand() {
+        let count = matches.get_one::<u32>("count").copied().unwrap_or(0);
+        let options: Vec<String> =
+            matches.get_many("options").into_iter().flatten().cloned().collect();
+        return writers::hold(count, &options).map(|()| ExitCode::SUCCESS);
+    }
+    // Counting begins before any thread is made, so that all are counted.
+    let syscalls = meter::Syscalls::start();
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second Ctrl-C ends the process at once.
+        let twice =
+            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted));
+        twice
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+            .map_err(|error| format!("signal handler: {error}"))?;
+    }
+    let context = |matches: &ArgMatches| Context {
+        interrupted: Arc::clone(&interrupted),
+        syscalls,
+        progress: match matches.get_one::<String>("eta").map(String::as_str) {
+            Some("always") => true,
+            Some("never") => false,
+            _ => progress::is_watched(),
+        },
+    };
+    match matches.subcommand() {
+        Some(("models", _)) => {
+            models();
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(("sweep", matches)) => sweep::main(matches, &context(matches)),
+        Some(("compare", matches)) => {
+            let (_, inner) = matches.subcommand().ok_or("compare with what? fio")?;
+            compare::main(inner, &context(inner))
+        }
+        Some(("trace", matches)) => match matches.subcommand() {
+            Some(("generate", inner)) => trace::generate::main(inner),
+            Some((_, inner)) => trace::main(inner, &context(inner)),
+            None => Err("trace generate or trace replay".into()),
+        },
+        _ => jobs(&matches, &context(&matches)),
+    }
+}
+
+fn jobs(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String> {
+    let format = format(matches)?;
+    let jobs = cli::jobs(matches)?;
+    let results = run::run(&jobs, context)?;
+    write(matches, &report::render(&results, context.is_interrupted(), format))?;
+    let failures: u64 =
+        results.iter().flat_map(|group| &group.jobs).map(|job| job.tally.failures()).sum();
+    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILURES) })
+}
+
+/// The format asked for.
+pub(crate) fn format(matches: &ArgMatches) -> Result<Format, String> {
+    Format::parse(matches.get_one::<String>("output-format").map_or("normal", String::as_str))
+}
+
+/// Writes a report where it was asked for.
+pub(crate) fn write(matches: &ArgMatches, text: &str) -> Result<(), String> {
+    match matches.get_one::<String>("output") {
+        Some(path) => std::fs::write(path, text).map_err(|error| format!("{path}: {error}")),
+        None => {
+            use std::io::Write;
+            // A reader that closed the pipe has what it wanted.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            Ok(())
+        }
+    }
+}
+
+fn models() {
+    println!(
+        "{:<18}{:>7}  {:<22}{:>12}{:>16}",
+        "model", "layers", "KV of a layer", "per token", "128-token block"
+    );
+    for model in model::MODELS {
+        let kind = match model.attention {
+            model::Attention::Grouped { heads, dimension } => {
+                format!("{heads} heads x {dimension}, K V")
+            }
+            model::Attention::Latent { elements } => format!("latent of {elements}"),
+        };
+        let bytes = model.shape(1, 1, 2).map_or(0, |shape| shape.bytes());
+        println!(
+            "{:<18}{:>7}  {kind:<22}{:>12}{:>16}",
+            model.name,
+            model.layers,
+            units::show_size(bytes),
+            units::show_size(bytes * 128)
+        );
+    }
+}
