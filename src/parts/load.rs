@@ -26,6 +26,7 @@ impl Parts {
         found: Option<Found>,
         actions: &mut Vec<Action>,
     ) -> Accepted {
+        self.supersede(&key, found, actions);
         if let Some(&id) = self.map.get(&key) {
             let part = &mut self.parts[id as usize];
             match part.state {
@@ -37,8 +38,6 @@ impl Parts {
                     self.counts.shared += 1;
                     part.loads.push(unit);
                 }
-                // Another process published the part that this one is saving: its bytes come with the save.
-                State::Filling | State::QueuedSave if found.is_some() => part.loads.push(unit),
                 _ => return Accepted::Unknown,
             }
             return Accepted::Yes;

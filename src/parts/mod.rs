@@ -119,6 +119,8 @@ struct Part {
     gathers: Vec<Unit>,
     /// Shards handed out since the part was read.
     served: u32,
+    /// Another process published the part while this one was saving it.
+    superseded: bool,
     found: Option<Found>,
     class: Class,
     touched: Instant,
@@ -294,6 +296,7 @@ impl Parts {
             saves: Vec::new(),
             gathers: Vec::new(),
             served: 0,
+            superseded: false,
             found: None,
             class: Class::Load,
             touched: Instant::now(),

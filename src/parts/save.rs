@@ -20,6 +20,7 @@ impl Parts {
         found: Option<Found>,
         actions: &mut Vec<Action>,
     ) {
+        self.supersede(&key, found, actions);
         if let Some(&id) = self.map.get(&key) {
             self.attach(id, unit, found, actions);
             return;
@@ -39,6 +40,30 @@ impl Parts {
         part.claimed.insert(unit.shard());
         part.gathers.push(unit);
         self.save_queue.push_back(id);
+        self.pump(actions);
+    }
+
+    /// Another process has published a part that this one is still saving, and may never complete: the part
+    /// is present, which is all that its savers asked for.
+    pub(super) fn supersede(
+        &mut self,
+        key: &PartKey,
+        found: Option<Found>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(&id) = self.map.get(key).filter(|_| found.is_some()) else { return };
+        let part = &mut self.parts[id as usize];
+        match part.state {
+            State::Filling if self.rules.shards_per_part > 1 => self.partial -= 1,
+            State::Filling => {}
+            State::QueuedSave => self.save_queue.retain(|queued| *queued != id),
+            _ => return,
+        }
+        part.superseded = true;
+        let gathers = std::mem::take(&mut part.gathers);
+        gathers.into_iter().for_each(|unit| actions.push(Action::Settle(unit, Ok(()))));
+        self.finish_saves(id, &Ok(()), actions);
+        self.discard(id, actions);
         self.pump(actions);
     }
 
@@ -132,7 +157,8 @@ impl Parts {
         part.touched = Instant::now();
         if part.state == State::Doomed {
             let error = result.err().unwrap_or_else(another_shard_failed);
-            actions.push(Action::Settle(unit, Err(error)));
+            let result = if part.superseded { Ok(()) } else { Err(error) };
+            actions.push(Action::Settle(unit, result));
             self.release_if_done(id, actions);
         } else {
             match result {
@@ -178,9 +204,6 @@ impl Parts {
         part.state = State::Storing;
         let slot = part.slot.expect("a complete part has a slot");
         actions.push(Action::Store { part: id, slot, key: part.key });
-        for unit in std::mem::take(&mut self.parts[id as usize].loads) {
-            self.scatter(id, unit, actions);
-        }
     }
 
     /// The part is published, or could not be.
@@ -213,14 +236,9 @@ impl Parts {
     pub(super) fn end_save(&mut self, id: PartId, error: &Error, actions: &mut Vec<Action>) {
         self.counts.dropped += 1;
         let part = &mut self.parts[id as usize];
-        let missing =
-            Error::new(ErrorKind::NotFound, "the part was being saved, and its save failed");
         let (saves, gathers) = (std::mem::take(&mut part.saves), std::mem::take(&mut part.gathers));
         for unit in saves.into_iter().chain(gathers) {
             actions.push(Action::Settle(unit, Err(error.clone())));
-        }
-        for unit in std::mem::take(&mut part.loads) {
-            actions.push(Action::Settle(unit, Err(missing.clone())));
         }
         if self.is_layerwise() && self.parts[id as usize].claimed.len() < self.rules.shards_per_part
         {

@@ -269,12 +269,31 @@ fn waiting_loads_go_before_waiting_saves() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Save { block: u8, shard: u32 },
-    Load { block: u8, shard: u32 },
-    Prefetch { block: u8 },
-    Retire { block: u8 },
-    Cancel { which: usize },
-    End { which: usize, well: bool },
+    Save {
+        block: u8,
+        shard: u32,
+    },
+    Load {
+        block: u8,
+        shard: u32,
+    },
+    Prefetch {
+        block: u8,
+    },
+    Retire {
+        block: u8,
+    },
+    /// Another process publishes.
+    Publish {
+        block: u8,
+    },
+    Cancel {
+        which: usize,
+    },
+    End {
+        which: usize,
+        well: bool,
+    },
 }
 
 fn step(shards: u32) -> impl Strategy<Value = Step> {
@@ -283,6 +302,7 @@ fn step(shards: u32) -> impl Strategy<Value = Step> {
         3 => (0u8..12, 0..shards).prop_map(|(block, shard)| Step::Load { block, shard }),
         1 => (0u8..12).prop_map(|block| Step::Prefetch { block }),
         1 => (0u8..12).prop_map(|block| Step::Retire { block }),
+        1 => (0u8..12).prop_map(|block| Step::Publish { block }),
         1 => any::<usize>().prop_map(|which| Step::Cancel { which }),
         6 => (any::<usize>(), prop::bool::weighted(0.8)).prop_map(|(which, well)| Step::End { which, well }),
     ]
@@ -320,6 +340,9 @@ proptest! {
                     driver.take(actions);
                 },
                 Step::Retire { block } => drop(driver.stored.remove(&key(block))),
+                Step::Publish { block } => if stores {
+                    driver.stored.insert(key(block));
+                },
                 Step::Cancel { which } => if !tasks.is_empty() {
                     tasks[which % tasks.len()].cancel();
                 },
