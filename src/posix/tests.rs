@@ -1,5 +1,7 @@
 //! Tests of the whole tier, over real files and over the seeded disk.
 
+mod crash;
+mod faults;
 mod lost_manifests;
 mod manifest_damage;
 mod recovery;
