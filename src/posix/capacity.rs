@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Result;
@@ -13,12 +14,19 @@ use crate::posix::segment::over_capacity;
 pub struct Capacity {
     limit: Option<u64>,
     used: AtomicU64,
+    pending: AtomicU64,
+    alarm: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Capacity {
     /// A bound, or none.
     pub fn new(limit: Option<u64>) -> Self {
-        Self { limit, used: AtomicU64::new(0) }
+        Self { limit, used: AtomicU64::new(0), pending: AtomicU64::new(0), alarm: OnceLock::new() }
+    }
+
+    /// `alarm` is called, on a path pool, whenever a segment does not fit.
+    pub fn set_alarm(&self, alarm: impl Fn() + Send + Sync + 'static) {
+        let _ = self.alarm.set(Box::new(alarm));
     }
 
     /// The bound.
@@ -29,6 +37,21 @@ impl Capacity {
     /// Bytes in use, as last counted and changed since.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of segments that are retired and not freed yet.
+    pub fn pending(&self) -> u64 {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    /// A segment was retired.
+    pub fn add_pending(&self, bytes: u64) {
+        self.pending.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A retired segment was freed, or will not be.
+    pub fn end_pending(&self, bytes: u64) {
+        self.pending.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Sets what a walk over all segments has counted.
@@ -45,7 +68,12 @@ impl Capacity {
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(()),
-            Err(_) => Err(over_capacity(limit)),
+            Err(_) => {
+                if let Some(alarm) = self.alarm.get() {
+                    alarm();
+                }
+                Err(over_capacity(limit))
+            }
         }
     }
 

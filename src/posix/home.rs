@@ -74,6 +74,11 @@ impl Layout {
         Identity { fingerprint: self.fingerprint, key: *key, generation }
     }
 
+    /// Bytes of the largest segments.
+    pub fn segment_bytes_max(&self) -> u64 {
+        PAGE as u64 + u64::from(self.extents_of(u32::MAX)) * self.extent_bytes()
+    }
+
     /// Extents of segment `number`: the first ones of a writer are smaller, so that a store that saves
     /// little takes little, and tests and small disks work as they are.
     pub fn extents_of(&self, number: u32) -> u32 {

@@ -17,6 +17,7 @@ pub mod names;
 mod open_files;
 mod pages;
 pub mod rebuild;
+mod reclaim;
 mod recover;
 mod refresh;
 mod reply;

@@ -28,6 +28,8 @@ enum Slot {
 struct State {
     slots: HashMap<u32, Slot>,
     uses: u64,
+    /// Reads by segment since the last round of reclaim: who is read stays.
+    reads: HashMap<u32, u32>,
 }
 
 /// Open segment files.
@@ -63,6 +65,7 @@ impl OpenFiles {
     pub fn get(&self, handle: u32) -> Option<File> {
         let mut state = self.state.lock();
         state.uses += 1;
+        *state.reads.entry(handle).or_default() += 1;
         let now = state.uses;
         match state.slots.get_mut(&handle) {
             Some(Slot::Open { file, used }) => {
@@ -120,6 +123,11 @@ impl OpenFiles {
         drop(state);
         drop(evicted);
         waiting.into_iter().for_each(|reply| reply.send(opened.clone()));
+    }
+
+    /// Reads of a segment since this was last asked.
+    pub fn take_reads(&self, handle: u32) -> u32 {
+        self.state.lock().reads.remove(&handle).unwrap_or(0)
     }
 
     /// How many are open.

@@ -185,6 +185,19 @@ impl Saver {
         self.state.lock().writer.clone()
     }
 
+    /// Whether a segment is one of the current writer's and will not grow any more.
+    pub fn is_sealed(&self, handle: u32) -> bool {
+        let segments = self.writer().map(|writer| writer.segments()).unwrap_or_default();
+        segments.iter().any(|segment| segment.handle == handle && segment.is_sealed())
+    }
+
+    /// Forgets a segment that was reclaimed; its file is closed when nobody uses it any more.
+    pub fn forget_segment(&self, handle: u32) {
+        if let Some(writer) = self.writer() {
+            writer.remove_segment(handle);
+        }
+    }
+
     /// Why the home takes no saves now, if so.
     pub fn failure(&self) -> Option<Error> {
         let state = self.state.lock();

@@ -182,6 +182,11 @@ impl OwnSegment {
         Closing::Seal(1 + fill.next * self.extent_pages)
     }
 
+    /// Whether it will not grow any more.
+    pub fn is_sealed(&self) -> bool {
+        self.fill.lock().sealed
+    }
+
     /// Bytes up to the end of the last extent that was ever handed out.
     pub fn used_bytes(&self) -> u64 {
         u64::from(1 + self.fill.lock().next * self.extent_pages) * PAGE as u64

@@ -24,6 +24,7 @@ use crate::posix::host::{this_process, wall_ms};
 use crate::posix::index::{Found, Location};
 use crate::posix::manifest::{Item, Urgency};
 use crate::posix::open_files::OpenFiles;
+use crate::posix::reclaim::Reclaim;
 use crate::posix::recover::{self, Recovered};
 use crate::posix::refresh::{self, Refresher};
 use crate::posix::reply::{Join, Reply, never_began};
@@ -129,6 +130,12 @@ impl Tier {
             closed: Mutex::new(false),
         });
         wait(deadline, "reading the manifests", |done| tier.refresh(done))?;
+        let house = Arc::downgrade(&tier);
+        tier.capacity.set_alarm(move || {
+            if let Some(tier) = house.upgrade() {
+                tier.reclaim(Box::new(|_| ()));
+            }
+        });
         tier.keep_house();
         Ok(tier)
     }
@@ -638,14 +645,36 @@ impl Tier {
         }
     }
 
-    /// Recovery runs on the path pools, apart from everything else, at open and at every interval.
+    /// One round of reclaim; `done` gets the bytes that will be freed after the grace. Stores that only look
+    /// up reclaim nothing.
+    pub fn reclaim(&self, done: Box<dyn FnOnce(Result<u64>) + Send>) {
+        let reply = Reply::boxed(done);
+        let Some(saver) = self.savers.first() else { return reply.send(Ok(0)) };
+        let reclaim = Reclaim {
+            catalog: Arc::clone(&self.catalog),
+            files: Arc::clone(&self.files),
+            refresher: Arc::clone(&self.refresher),
+            clock: Arc::clone(&self.clock),
+            capacity: Arc::clone(&self.capacity),
+            savers: self.savers.clone(),
+        };
+        reply.run_on(&saver.home.backend, move |reply| reply.send(reclaim.round()));
+    }
+
+    /// Recovery and reclaim run on the path pools, apart from everything else, at open and at every interval.
     fn keep_house(self: &Arc<Self>) {
         if self.layout.parts.is_empty() {
             return;
         }
-        self.recover(Box::new(|result| {
+        let recovered = Box::new(|result: Result<Recovered>| {
             if let Err(error) = result {
                 crate::log::warning(format_args!("cleaning up after dead writers: {error}"));
+            }
+        });
+        self.recover(recovered);
+        self.reclaim(Box::new(|result| {
+            if let Err(error) = result {
+                crate::log::warning(format_args!("reclaim: {error}"));
             }
         }));
         let tier = Arc::downgrade(self);
