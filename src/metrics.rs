@@ -28,6 +28,11 @@ impl Counter {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
+    /// The number is at least this: for totals that somebody else counts.
+    pub fn raise_to(&self, total: u64) {
+        self.0.fetch_max(total, Ordering::Relaxed);
+    }
+
     /// The number.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -289,9 +294,8 @@ metrics! {
     lookup_hits: Counter, "ucm_lookup_hits_total", "Blocks that a lookup found.";
     lookup_cache_hits: Counter, "ucm_lookup_cache_hits_total", "Blocks that a lookup found in DRAM.";
     lookup_seconds: Histogram, "ucm_lookup_seconds", "Seconds of a lookup call.";
-    refreshes: Counter, "ucm_refreshes_total", "Times the index was brought up to date with all writers.";
-    refresh_failures: Counter, "ucm_refresh_failures_total", "Refreshes that could not read every manifest.";
-    refresh_seconds: Histogram, "ucm_refresh_seconds", "Seconds of a refresh.";
+    refreshes: Counter, "ucm_refreshes_total", "Rounds of bringing the index up to date with all writers.";
+    refresh_failures: Counter, "ucm_refresh_failures_total", "Times that a manifest could not be read.";
     prefetch_blocks: Counter, "ucm_prefetch_blocks_total", "Blocks that prefetch was asked for.";
     load_entries: StatusCounter, "ucm_load_entries_total", "Entries of load batches that ended, by status.";
     load_bytes: Counter, "ucm_load_bytes_total", "Bytes that loads brought to callers.";
@@ -311,17 +315,14 @@ metrics! {
     storage_read_bytes: Counter, "ucm_storage_read_bytes_total", "Bytes read from storage.";
     storage_write_bytes: Counter, "ucm_storage_write_bytes_total", "Bytes written to storage, trailers included.";
     storage_errors: Counter, "ucm_storage_errors_total", "Reads and writes of storage that failed.";
-    storage_read_seconds: Histogram, "ucm_storage_read_seconds", "Seconds of reading a part, its wait in the queue included.";
-    storage_write_seconds: Histogram, "ucm_storage_write_seconds", "Seconds of writing and publishing a part, its wait in the queue included.";
     arena_bytes: Gauge, "ucm_arena_bytes", "Bytes of the arena.";
     slots: Gauge, "ucm_slots", "Slots of the arena; each holds one part.";
     slots_free: Gauge, "ucm_slots_free", "Slots that hold nothing.";
     slots_busy: Gauge, "ucm_slots_busy", "Slots in use by a transfer.";
     parts_partial: Gauge, "ucm_parts_partial", "Parts of which some shards are saved and others awaited.";
     tasks: Gauge, "ucm_tasks", "Tasks that are not done.";
-    tasks_waiting: Gauge, "ucm_tasks_waiting", "Tasks that have not begun.";
+    parts_waiting: Gauge, "ucm_parts_waiting", "Parts that wait for a slot.";
     index_parts: Gauge, "ucm_index_parts", "Parts in the index.";
-    index_blocks: Gauge, "ucm_index_blocks", "Blocks in the index.";
     writers: Gauge, "ucm_writers", "Writers whose manifests are read.";
     segments: Gauge, "ucm_segments", "Segments that the index points into.";
     storage_bytes: Gauge, "ucm_storage_bytes", "Bytes of the namespace in all directories, as far as known.";

@@ -8,6 +8,7 @@ mod build;
 mod geometry;
 mod keys;
 mod options;
+mod upstream;
 mod value;
 mod yaml;
 
@@ -19,8 +20,9 @@ use std::time::Duration;
 
 use crate::block::{Geometry, Namespace};
 
-pub use keys::{KEYS, Key, Kind, Scope, UPSTREAM_KEYS, UPSTREAM_PREFIXES};
+pub use keys::{KEYS, Key, Kind, Scope};
 pub use options::Options;
+pub use upstream::{UPSTREAM_KEYS, UPSTREAM_PREFIXES};
 
 /// The last tier of a pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,8 @@ use crate::block::SliceShape;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::Config;
-use super::keys::{KEYS, Key, Scope, UPSTREAM_KEYS, UPSTREAM_PREFIXES};
+use super::keys::{KEYS, Key, Scope};
+use super::upstream::{UPSTREAM_KEYS, UPSTREAM_PREFIXES};
 use super::value::{self, Raw, Value};
 use super::yaml;
 

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::engine::Engine;
 use crate::error::ErrorKind;
-use crate::metrics::{Counter, StatusCounter};
+use crate::io::report::Report;
+use crate::metrics::StatusCounter;
 use crate::task::{Kind, Task};
 
 /// Counters since open, and gauges of now.
@@ -56,7 +57,7 @@ pub struct Stats {
     /// The storage tier, where there is one.
     pub tier: Option<crate::posix::TierStats>,
     /// What each backend runs on, and what it had to do without.
-    pub backends: Vec<crate::io::report::Report>,
+    pub backends: Vec<Report>,
 }
 
 /// Every way in which an entry may fail.
@@ -151,26 +152,45 @@ impl Engine {
     /// Brings in what other rooms count, and the gauges.
     fn update_metrics(&self) {
         let metrics = &self.metrics;
-        let (counts, (used, all), busy, partial) = {
+        let (counts, (used, all), busy, partial, queued) = {
             let parts = self.parts.lock();
-            (parts.counts, parts.slots(), parts.busy_slots(), parts.partial())
+            (parts.counts, parts.slots(), parts.busy_slots(), parts.partial(), parts.queued())
         };
-        // The table counts under its own lock; here only the difference to what is known is added.
-        let raise =
-            |counter: &Counter, total: u64| counter.add(total.saturating_sub(counter.get()));
-        raise(&metrics.cache_hits, counts.hits);
-        raise(&metrics.cache_misses, counts.misses);
-        raise(&metrics.cache_evictions, counts.evictions);
-        raise(&metrics.load_shared, counts.shared);
-        raise(&metrics.save_skipped, counts.skipped);
-        raise(&metrics.save_dropped, counts.dropped);
+        metrics.cache_hits.raise_to(counts.hits);
+        metrics.cache_misses.raise_to(counts.misses);
+        metrics.cache_evictions.raise_to(counts.evictions);
+        metrics.load_shared.raise_to(counts.shared);
+        metrics.save_skipped.raise_to(counts.skipped);
+        metrics.save_dropped.raise_to(counts.dropped);
         metrics.slots.set(u64::from(all));
         metrics.slots_free.set(u64::from(all - used));
         metrics.slots_busy.set(u64::from(busy));
         metrics.parts_partial.set(u64::from(partial));
+        metrics.parts_waiting.set(queued as u64);
         metrics.arena_bytes.set(self.arena.as_ref().map_or(0, |arena| arena.len() as u64));
         metrics.tasks.set(self.tasks.lock().len() as u64);
+        self.update_storage_metrics();
+    }
+
+    /// What the tier and the backends count.
+    fn update_storage_metrics(&self) {
+        let metrics = &self.metrics;
         metrics.storage_capacity_bytes.set(self.config.capacity_bytes.unwrap_or(0));
-        metrics.backends.set(self.backends.len() as u64);
+        if let Some(tier) = self.tier.as_ref().map(|tier| tier.stats()) {
+            metrics.index_parts.set(tier.parts);
+            metrics.segments.set(tier.segments);
+            metrics.writers.set(tier.writers);
+            metrics.storage_bytes.set(tier.segment_bytes);
+            metrics.refreshes.raise_to(tier.refreshes);
+            metrics.refresh_failures.raise_to(tier.manifests_unreadable);
+        }
+        let reports: Vec<_> = self.backends.iter().map(|backend| backend.report()).collect();
+        metrics.backends.set(reports.len() as u64);
+        let degraded = |report: &&Report| report.broken.is_some() || !report.fallbacks.is_empty();
+        metrics.backends_degraded.set(reports.iter().filter(degraded).count() as u64);
+        let total = |count: fn(&Report) -> u64| reports.iter().map(count).sum();
+        metrics.storage_read_bytes.raise_to(total(|report| report.counters.bytes_read));
+        metrics.storage_write_bytes.raise_to(total(|report| report.counters.bytes_written));
+        metrics.storage_errors.raise_to(total(|report| report.counters.failed));
     }
 }
