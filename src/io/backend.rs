@@ -290,6 +290,12 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
+        if super::thread::is_reactor() {
+            // The last owner was a `done`: a reactor cannot wait for its own end.
+            self.reactors.iter().for_each(Reactor::ask_to_stop);
+            self.pool.close();
+            return;
+        }
         self.stop(Instant::now() + DROP_PATIENCE);
     }
 }

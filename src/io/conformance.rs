@@ -597,3 +597,52 @@ fn errors_name_file_offset_and_remedy() {
         assert!(text.contains(part), "{part:?} is missing in: {text}");
     }
 }
+
+/// Goal: calls that enter the ring may be interrupted or refused at any time (EINTR, EAGAIN, EBUSY) and
+/// every transfer still ends well. `strace` injects the refusals into a child that runs another test.
+#[test]
+fn a_ring_survives_refused_entries() {
+    let strace = std::process::Command::new("strace").arg("-V").output();
+    if !strace.is_ok_and(|output| output.status.success()) {
+        eprintln!("strace is not installed: not tested");
+        return;
+    }
+    for (errno, test) in [
+        ("EINTR", "io::conformance::bytes_come_back"),
+        ("EAGAIN", "io::conformance::bytes_come_back"),
+        ("EBUSY", "io::conformance::stop_drains"),
+    ] {
+        let output = std::process::Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e"])
+            .arg(format!("inject=io_uring_enter:error={errno}:when=2+3"))
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", test])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains("1 passed"), "{errno}: {text}");
+    }
+}
+
+/// Goal: the last owner of a backend may be a `done`, on the reactor's own thread: no deadlock.
+#[test]
+fn a_backend_may_be_dropped_by_a_done() {
+    for engine in KINDS {
+        let bench = open(engine, |_| ());
+        let file = bench.create("segment");
+        let memory = Memory::new(4096);
+        let (mut request, _) = bench.request(Operation::Write, &file, 0, memory.all());
+        let (sender, dropped) = channel();
+        let backend = Arc::clone(&bench.backend);
+        let (go, gone) = channel::<()>();
+        request.done = Box::new(move |_| {
+            let _ = gone.recv();
+            drop(backend);
+            let _ = sender.send(());
+        });
+        bench.backend.submit(request);
+        drop(bench.backend);
+        go.send(()).unwrap();
+        dropped.recv_timeout(Duration::from_secs(3)).expect("it does not wait for itself");
+    }
+}

@@ -224,13 +224,17 @@ fn choose_engines(
             Err(error) if error.kind() == ErrorKind::Timeout => return Err(error),
             Err(error) if config.engine == IoEngine::IoUring => {
                 let text = format!(
-                    "io_engine: io_uring is required, but {error}. Remedy: {}; or set io_engine: auto",
+                    "io_engine: io_uring is required, but {}. Remedy: {}; or set io_engine: auto",
+                    ring_reason(&error),
                     ring_remedy(&error)
                 );
                 return Err(Error::new(ErrorKind::Unsupported, text));
             }
             Err(error) => fallbacks.push(Fallback {
-                what: format!("io_uring is refused ({error}); psync threads carry the I/O"),
+                what: format!(
+                    "io_uring is refused: {}; psync threads carry the I/O",
+                    ring_reason(&error)
+                ),
                 cost: "1.6 to 4.6 times the CPU per GB, and a thread for each transfer in flight"
                     .into(),
                 remedy: ring_remedy(&error),
@@ -284,6 +288,19 @@ fn try_ring(mut ring: Uring, file: &File) -> Result<()> {
         return Err(Error::new(ErrorKind::Corrupt, text).at(file.path()));
     }
     Ok(())
+}
+
+/// Why io_uring does not work. The sentences of [`Error::os`] speak of files.
+fn ring_reason(error: &Error) -> String {
+    match error.errno() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "a seccomp profile or kernel.io_uring_disabled forbids io_uring (EPERM)".into()
+        }
+        Some(libc::ENOSYS) => "this kernel or sandbox lacks io_uring (ENOSYS)".into(),
+        Some(libc::ENOMEM) => "the memlock limit is too low for its rings (ENOMEM)".into(),
+        Some(libc::EINVAL) => "this kernel is too old for the rings (EINVAL)".into(),
+        _ => error.to_string(),
+    }
 }
 
 /// The command or flag that makes io_uring work.

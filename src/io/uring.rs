@@ -29,8 +29,11 @@ const SPARE_SLOTS: u32 = 1;
 pub const DEPTH_MAX: u32 = 4096;
 /// While the kernel is out of memory for requests, submission is tried again after this time.
 const STARVED_PAUSE: Duration = Duration::from_millis(1);
-/// How often, before the ring counts as broken.
+/// How often in a row, before the ring counts as broken.
 const STARVED_TRIES_MAX: u32 = 10_000;
+/// Kernel threads that may carry operations which the file system cannot start without blocking (all of
+/// them on NFS). The kernel's default, four a CPU, would be the depth of such a mount.
+const WORKERS_MAX: u32 = 64;
 
 /// Set-up flags from best to plainest, with the kernel that brought each. The probe steps down until the
 /// kernel accepts.
@@ -68,6 +71,8 @@ pub struct Uring {
     file_of_token: Vec<Option<u32>>,
     buffers: Option<BufferTable>,
     in_flight: u32,
+    /// Times in a row that the kernel had no memory for what was submitted.
+    starved: u32,
     system_calls: u64,
 }
 
@@ -114,6 +119,7 @@ impl Uring {
             file_of_token: vec![None; depth as usize],
             buffers: buffers.map(|()| BufferTable::new(BUFFER_SLOTS)),
             in_flight: 0,
+            starved: 0,
             system_calls: 0,
             ring,
         })
@@ -289,6 +295,9 @@ impl Io for Uring {
                 .register_enable_rings()
                 .map_err(|error| Error::io("io_uring_register", None, &error))?;
         }
+        // Bounded workers; 0 leaves the others as they are. Refused before 5.15, where the default has to do.
+        let mut workers = [self.depth.min(WORKERS_MAX), 0];
+        let _ = self.ring.submitter().register_iowq_max_workers(&mut workers);
         Ok(())
     }
 
@@ -337,22 +346,26 @@ impl Io for Uring {
     fn wait(&mut self, mut patience: Patience, ended: &mut Vec<Ended>) -> Result<()> {
         let before = ended.len();
         self.arm_wake();
-        for _ in 0..STARVED_TRIES_MAX {
-            if patience.at_least > 0 && !self.ring.completion().is_empty() {
-                patience.at_least = 0;
-            }
-            let entered = self.enter(patience);
-            self.reap(ended);
-            match entered.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)) {
-                Ok(()) | Err(libc::ETIME | libc::EINTR) => return Ok(()),
-                // EBUSY: completions overflowed and had to be reaped first. EAGAIN: no memory for
-                // requests, until some have ended.
-                Err(libc::EBUSY | libc::EAGAIN) if ended.len() > before => return Ok(()),
-                Err(libc::EBUSY | libc::EAGAIN) => std::thread::sleep(STARVED_PAUSE),
-                Err(errno) => return Err(Error::os("io_uring_enter", None, None, errno)),
-            }
+        if patience.at_least > 0 && !self.ring.completion().is_empty() {
+            patience.at_least = 0;
         }
-        Err(Error::os("io_uring_enter", None, None, libc::EAGAIN))
+        let entered = self.enter(patience);
+        self.reap(ended);
+        match entered.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)) {
+            Ok(()) | Err(libc::ETIME | libc::EINTR) => self.starved = 0,
+            // EBUSY: completions overflowed and had to be reaped first. EAGAIN: no memory for requests,
+            // until some have ended. Either way what is queued stays queued.
+            Err(libc::EBUSY | libc::EAGAIN) if ended.len() > before => self.starved = 0,
+            Err(errno @ (libc::EBUSY | libc::EAGAIN)) => {
+                self.starved += 1;
+                if self.starved > STARVED_TRIES_MAX {
+                    return Err(Error::os("io_uring_enter", None, None, errno));
+                }
+                std::thread::sleep(STARVED_PAUSE);
+            }
+            Err(errno) => return Err(Error::os("io_uring_enter", None, None, errno)),
+        }
+        Ok(())
     }
 
     fn register_memory(&mut self, memory: DmaSlice) -> Registration {
