@@ -1,6 +1,6 @@
 //! Measures a reactor beside fio: same file, same sizes, same depth, turn about. Ignored by default; run
 //! with `cargo test --release -p ucm --lib io::measure -- --ignored --nocapture`. The directory is
-//! `UCM_MEASURE_DIR`, else the system's temporary one.
+//! `UCM_MEASURE_DIR`, else the system's temporary one; `UCM_MEASURE_ENGINE` (`IoUring`, `Psync`) picks one.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use super::conformance::Memory;
 use super::report::Counters;
 use super::*;
 
@@ -19,7 +18,8 @@ const WARM_UP: Duration = Duration::from_millis(300);
 const RUN: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 5;
 
-/// What one run cost.
+/// What one run cost. The engine's CPU is that of the whole process, kernel workers included; fio's is that
+/// of its job thread.
 #[derive(Clone, Copy, Debug)]
 struct Cost {
     bytes_per_second: f64,
@@ -41,6 +41,21 @@ fn cpu_seconds() -> f64 {
     };
     let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+/// Memory as the arena has it: in huge pages, touched. Leaked: one a run.
+fn huge_pages(bytes: usize) -> *mut u8 {
+    const HUGE_PAGE_BYTES: usize = 2 << 20;
+    let bytes = bytes.next_multiple_of(HUGE_PAGE_BYTES);
+    let layout = std::alloc::Layout::from_size_align(bytes, HUGE_PAGE_BYTES).unwrap();
+    // SAFETY: the layout is not empty; advice and filling stay within the allocation.
+    unsafe {
+        let pointer = std::alloc::alloc(layout);
+        assert!(!pointer.is_null());
+        libc::madvise(pointer.cast(), bytes, libc::MADV_HUGEPAGE);
+        pointer.write_bytes(1, bytes);
+        pointer
+    }
 }
 
 /// A closed loop: every end submits the next transfer, from the reactor's thread.
@@ -109,8 +124,8 @@ fn engine(operation: Operation, block: usize, engine: IoEngine) -> Cost {
     let path = directory().join("ucm-measure");
     let how = OpenHow { access: Access::ReadWrite, create: Create::No, direct: true };
     let file = backend.files().open(&path, how).unwrap();
-    let memory = Memory::new(DEPTH * block);
-    backend.register_memory(memory.all().pointer, DEPTH * block).unwrap();
+    let memory = huge_pages(DEPTH * block);
+    backend.register_memory(memory, DEPTH * block).unwrap();
     let (over, ended) = mpsc::channel();
     let looping = Arc::new(Loop {
         backend: Arc::clone(&backend),
@@ -124,7 +139,7 @@ fn engine(operation: Operation, block: usize, engine: IoEngine) -> Cost {
         over,
     });
     for index in 0..DEPTH {
-        let memory = memory.slice(index * block..(index + 1) * block);
+        let memory = DmaSlice { pointer: memory.wrapping_add(index * block), length: block };
         looping.next(memory, 0x9e37_79b9_7f4a_7c15 ^ (index as u64 + 1) << 20);
     }
     std::thread::sleep(WARM_UP);
@@ -237,6 +252,10 @@ fn beside_fio() {
         .expect("fio is installed");
     assert!(laid.status.success());
     for kind in [IoEngine::IoUring, IoEngine::Psync] {
+        if std::env::var_os("UCM_MEASURE_ENGINE").is_some_and(|only| *only != *format!("{kind:?}"))
+        {
+            continue;
+        }
         for block in [64 << 10, 256 << 10, 1 << 20, 4 << 20] {
             compare(Operation::Read, block, kind);
         }

@@ -23,6 +23,11 @@ use crate::error::{Error, ErrorKind, Result};
 const GATHER_ENDS_MAX: usize = 8;
 /// One end in so many of the operations in flight is collected: the drive keeps seven eighths of its queue.
 const GATHER_SHARE: usize = 8;
+/// Ends a second above which they are collected at all: below, the timer of such a wait costs more than the
+/// calls it saves (measured: 1 MiB reads at 2.5 GB/s took 1.4 times the CPU).
+const GATHER_RATE: f64 = 8000.0;
+/// The rate is looked at once in so many ends.
+const PACE_WINDOW_ENDS: usize = 256;
 /// No end waits longer than this for company. Small beside the milliseconds that a queue of 16 or more
 /// transfers takes.
 const GATHER_TIME: Duration = Duration::from_micros(500);
@@ -124,6 +129,7 @@ impl Reactor {
             schedule: Schedule::new(limits, waiting),
             shared: Arc::clone(&shared),
             ended: Vec::with_capacity(limits.depth as usize),
+            pace: Pace::new(),
             io,
         };
         let (report, started) = mpsc::sync_channel(1);
@@ -304,6 +310,31 @@ struct Owned {
     schedule: Schedule,
     shared: Arc<Shared>,
     ended: Vec<Ended>,
+    pace: Pace,
+}
+
+/// How fast operations end.
+struct Pace {
+    since: Instant,
+    ends: usize,
+    /// Above [`GATHER_RATE`] when last looked at.
+    fast: bool,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { since: Instant::now(), ends: 0, fast: false }
+    }
+
+    fn count(&mut self, ends: usize) {
+        self.ends += ends;
+        if self.ends >= PACE_WINDOW_ENDS {
+            let now = Instant::now();
+            let window = now.duration_since(self.since).as_secs_f64();
+            self.fast = self.ends as f64 > window * GATHER_RATE;
+            *self = Self { since: now, ends: 0, fast: self.fast };
+        }
+    }
 }
 
 /// Why the loop ended.
@@ -362,6 +393,7 @@ impl Owned {
             if let Err(error) = self.park() {
                 return End::Broken(error);
             }
+            self.pace.count(self.ended.len());
             self.schedule.settle(&mut self.ended);
             if let Err(error) = self.call_ended() {
                 return End::Broken(error);
@@ -419,9 +451,9 @@ impl Owned {
 
     /// Starts what was pushed and sleeps until there is something to do.
     fn park(&mut self) -> Result<()> {
-        let in_flight = self.schedule.in_flight();
+        let together = (self.schedule.in_flight() / GATHER_SHARE).clamp(1, GATHER_ENDS_MAX);
         let mut patience = Patience {
-            at_least: (in_flight / GATHER_SHARE).clamp(1, GATHER_ENDS_MAX),
+            at_least: if self.pace.fast { together } else { 1 },
             gather: GATHER_TIME,
             until: self.schedule.next_event(),
         };
