@@ -9,6 +9,8 @@ pub mod backend;
 #[cfg(test)]
 mod conformance;
 pub mod engine;
+#[cfg(test)]
+mod fault_tests;
 pub mod files;
 #[cfg(test)]
 mod files_tests;
@@ -27,7 +29,9 @@ mod schedule;
 mod seccomp;
 pub mod sim;
 pub mod thread;
+mod transfer;
 pub mod uring;
+mod uring_setup;
 mod uring_tables;
 
 use std::ffi::OsString;

@@ -90,7 +90,7 @@ fn a_required_ring_is_an_error_where_refused() {
 /// Goal: a ring works with every set of flags, down to none, as kernels that lack the better ones make it.
 #[test]
 fn every_flag_set_makes_a_working_ring() {
-    for skip in 0..super::uring::FLAG_SETS_COUNT {
+    for skip in 0..super::uring_setup::FLAG_SETS_COUNT {
         let ring = super::uring::Uring::with_flags_from(skip, 8).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let config = BackendConfig { direct: DirectIo::Off, ..BackendConfig::default() };

@@ -18,7 +18,8 @@ use slab::Slab;
 use super::engine::{Ended, Io};
 use super::flights::{Failure, Flight, Flights, Settled};
 use super::report::Counters;
-use super::{Class, DmaSlice, Done, File, Operation, Request};
+use super::transfer::{Transfer, continues, describe};
+use super::{Class, DmaSlice, Done, Operation, Request};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Operations are cut at multiples of this, as direct I/O wants it.
@@ -41,26 +42,6 @@ pub(super) struct Limits {
     pub(super) depth: u32,
     /// Bytes of one.
     pub(super) io_bytes: usize,
-}
-
-/// A request that has not ended.
-struct Transfer {
-    operation: Operation,
-    file: File,
-    offset: u64,
-    memory: DmaSlice,
-    class: Class,
-    expires: Option<Instant>,
-    done: Done,
-    /// Bytes handed to operations.
-    begun: usize,
-    /// Operations in flight that carry bytes of it.
-    flights: u32,
-    /// The transfer behind it in the same operation.
-    next: Option<usize>,
-    /// Not to be coalesced: an operation it shared has failed, and whose fault that was is to be found out.
-    alone: bool,
-    error: Option<Error>,
 }
 
 /// See the head of this file.
@@ -447,37 +428,5 @@ impl Schedule {
             }
         }
         outcome
-    }
-}
-
-/// Whether `right` begins where `left` ends, in the file and in memory.
-fn continues(left: &Transfer, right: &Transfer) -> bool {
-    !left.alone
-        && !right.alone
-        && left.operation == right.operation
-        && left.offset + left.memory.length as u64 == right.offset
-        && left.memory.pointer.wrapping_add(left.memory.length) == right.memory.pointer
-        && left.file.id() == right.file.id()
-}
-
-fn describe(failure: Failure, flight: &Flight, file: &File) -> Error {
-    let at = flight.offset + flight.moved as u64;
-    match failure {
-        Failure::Errno(errno) => {
-            let operation = match flight.operation {
-                Operation::Read => "read",
-                Operation::Write => "write",
-            };
-            Error::os(operation, Some(file.path()), Some(at), errno)
-        }
-        Failure::EndOfFile => Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "the file ends at byte {at}, inside the {} bytes to read at {}; it was cut by \
-                 another process or by a crash",
-                flight.memory.length, flight.offset
-            ),
-        )
-        .at(file.path()),
     }
 }

@@ -13,6 +13,7 @@ use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::engine::{Ended, Io, Op, Patience, Registration, Token, Wake};
+use super::uring_setup::{FLAG_SETS, build_ring};
 use super::uring_tables::{BufferTable, FileChoice, FileTable};
 use super::{Class, CloseWatcher, DmaSlice, FileId, Operation};
 use crate::error::{Error, ErrorKind, Result};
@@ -34,27 +35,6 @@ const STARVED_TRIES_MAX: u32 = 10_000;
 /// Kernel threads that may carry operations which the file system cannot start without blocking (all of
 /// them on NFS). The kernel's default, four a CPU, would be the depth of such a mount.
 const WORKERS_MAX: u32 = 64;
-
-/// Set-up flags from best to plainest, with the kernel that brought each. The probe steps down until the
-/// kernel accepts.
-const FLAG_SETS: [(&str, Flags); 4] = [
-    ("SINGLE_ISSUER|DEFER_TASKRUN", Flags::DeferTaskrun), // 6.1
-    ("SINGLE_ISSUER|COOP_TASKRUN", Flags::SingleIssuer),  // 6.0
-    ("COOP_TASKRUN", Flags::CoopTaskrun),                 // 5.19
-    ("none", Flags::Plain),                               // 5.11 (EXT_ARG)
-];
-
-/// For tests that go through them.
-#[cfg(test)]
-pub(super) const FLAG_SETS_COUNT: usize = FLAG_SETS.len();
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Flags {
-    DeferTaskrun,
-    SingleIssuer,
-    CoopTaskrun,
-    Plain,
-}
 
 /// A ring with its tables.
 pub struct Uring {
@@ -218,35 +198,6 @@ impl Uring {
         };
         entered.map(drop)
     }
-}
-
-fn build_ring(
-    flag_sets: &[(&'static str, Flags)],
-    entries: u32,
-) -> Result<(IoUring, &'static str)> {
-    let mut refused = libc::EINVAL;
-    for &(name, flags) in flag_sets {
-        let mut builder = IoUring::builder();
-        builder.dontfork();
-        if flags != Flags::Plain {
-            builder.setup_submit_all().setup_coop_taskrun();
-        }
-        if matches!(flags, Flags::DeferTaskrun | Flags::SingleIssuer) {
-            // Disabled at first, so that the issuer is the thread that calls `start`, not this one.
-            builder.setup_single_issuer().setup_r_disabled();
-        }
-        if flags == Flags::DeferTaskrun {
-            builder.setup_defer_taskrun();
-        }
-        match builder.build(entries) {
-            Ok(ring) => return Ok((ring, name)),
-            Err(error) => refused = error.raw_os_error().unwrap_or(libc::EINVAL),
-        }
-        if refused != libc::EINVAL {
-            break; // Not for the flags' sake: plainer ones would be refused too.
-        }
-    }
-    Err(Error::os("io_uring_setup", None, None, refused))
 }
 
 /// I/O priority of a class: best effort, level 0 (first) to 7 (last). 0 as a whole would be "none",
