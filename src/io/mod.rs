@@ -15,6 +15,7 @@ pub mod files;
 #[cfg(test)]
 mod files_tests;
 mod flights;
+mod mailbox;
 #[cfg(test)]
 mod measure;
 pub mod pool;

@@ -1,22 +1,19 @@
 //! A reactor: one thread that owns one engine and keeps it full.
 //!
-//! Owns the queues between submitters and that thread. Submitters push into bounded lock-free queues and
-//! wake the thread only if it is parked; with nothing to do the thread sleeps in the engine's own wait,
-//! without timer ticks. What happens to a request on its way through the thread is `schedule`'s.
+//! Owns the thread. Requests reach it through a `mailbox`; with nothing to do it sleeps in the engine's own
+//! wait, without timer ticks. What happens to a request on its way through the thread is `schedule`'s.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use crossbeam_queue::{ArrayQueue, SegQueue};
-use parking_lot::{Condvar, Mutex};
-
-use super::engine::{Ended, Io, Patience, Registration, Wake};
+use super::engine::{Ended, Io, Patience, Registration};
+use super::mailbox::{BROKEN, Command, Mailbox, RUNNING, STOPPED, STOPPING};
 use super::report::Counters;
 use super::schedule::{Limits, Schedule};
-use super::{Class, CloseWatcher, DmaSlice, FileId, Request, thread};
+use super::{Class, CloseWatcher, DmaSlice, Request, thread};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Ends to collect in one wait, at most, while many operations are in flight: each wait is a system call.
@@ -49,43 +46,9 @@ pub enum Drained {
     Leaked,
 }
 
-const RUNNING: u8 = 0;
-const STOPPING: u8 = 1;
-const STOPPED: u8 = 2;
-const BROKEN: u8 = 3;
-
 /// A handle to a reactor; dropping it does not stop the thread, [`Reactor::stop`] does.
 pub struct Reactor {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    queues: [Queue; Class::COUNT],
-    commands: SegQueue<Command>,
-    closed_files: SegQueue<FileId>,
-    state: AtomicU8,
-    why_broken: Mutex<Option<Error>>,
-    /// The thread sleeps, or is about to, and wants to be woken.
-    parked: AtomicBool,
-    waker: Arc<dyn Wake>,
-    /// The thread has left, and nothing is in flight.
-    left: Mutex<bool>,
-    leaving: Condvar,
-    wakes: AtomicU64,
-    refused: AtomicU64,
-    counters: Mutex<Counters>,
-    registered_bytes: AtomicU64,
-}
-
-struct Queue {
-    requests: ArrayQueue<Request>,
-    /// Requests that have not begun: those in `requests` and those the thread has taken in.
-    waiting: Arc<AtomicUsize>,
-}
-
-enum Command {
-    Register(DmaSlice, mpsc::SyncSender<Registration>),
-    Unregister(usize, usize, mpsc::SyncSender<Result<()>>),
+    shared: Arc<Mailbox>,
 }
 
 /// What a reactor is told at its start.
@@ -104,25 +67,7 @@ pub struct ReactorConfig {
 impl Reactor {
     /// Starts the thread; an engine that cannot start, or a thread that cannot, is an error.
     pub fn start(io: Box<dyn Io>, config: &ReactorConfig) -> Result<Self> {
-        let queue = || Queue {
-            requests: ArrayQueue::new(config.queue_depth.max(1)),
-            waiting: Arc::default(),
-        };
-        let shared = Arc::new(Shared {
-            queues: [queue(), queue(), queue()],
-            commands: SegQueue::new(),
-            closed_files: SegQueue::new(),
-            state: AtomicU8::new(RUNNING),
-            why_broken: Mutex::new(None),
-            parked: AtomicBool::new(false),
-            waker: io.waker(),
-            left: Mutex::new(false),
-            leaving: Condvar::new(),
-            wakes: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            counters: Mutex::default(),
-            registered_bytes: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Mailbox::new(io.waker(), config.queue_depth));
         let waiting = shared.queues.each_ref().map(|queue| Arc::clone(&queue.waiting));
         let limits = Limits { depth: io.depth(), io_bytes: config.io_bytes };
         let mut owned = Owned {
@@ -231,84 +176,11 @@ impl Reactor {
     }
 }
 
-impl Shared {
-    fn accepts(&self) -> bool {
-        self.state.load(Ordering::SeqCst) == RUNNING
-    }
-
-    /// The error for requests that come too late.
-    fn refusal(&self) -> Error {
-        match &*self.why_broken.lock() {
-            Some(error) => error.clone(),
-            None => Error::new(ErrorKind::Closed, "the storage backend is closed"),
-        }
-    }
-
-    fn enqueue(&self, request: Request) {
-        let queue = &self.queues[request.class.index()];
-        let limit = queue.requests.capacity();
-        if queue.waiting.fetch_add(1, Ordering::Relaxed) >= limit {
-            queue.waiting.fetch_sub(1, Ordering::Relaxed);
-            return self.refuse(request, limit);
-        }
-        // Those waiting are at most `limit`, so the queue of that size has room.
-        if let Err(request) = queue.requests.push(request) {
-            queue.waiting.fetch_sub(1, Ordering::Relaxed);
-            self.refuse(request, limit);
-        }
-    }
-
-    fn refuse(&self, request: Request, limit: usize) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        let text = format!(
-            "{limit} requests wait for the storage already; it is slower than what is asked of it, \
-             or waiting_queue_depth is too low"
-        );
-        (request.done)(Err(Error::new(ErrorKind::Busy, text)));
-    }
-
-    fn wake_if_parked(&self) {
-        // Pairs with the fence in `Owned::park`: either this sees the flag, or the thread sees the push.
-        fence(Ordering::SeqCst);
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed) {
-            self.wakes.fetch_add(1, Ordering::Relaxed);
-            self.waker.wake();
-        }
-    }
-
-    fn has_news(&self) -> bool {
-        !self.queues.iter().all(|queue| queue.requests.is_empty())
-            || !self.commands.is_empty()
-            || !self.closed_files.is_empty()
-            || !self.accepts()
-    }
-
-    /// Ends all that is queued, on whichever thread found that the reactor has left.
-    fn fail_queued(&self) {
-        for queue in &self.queues {
-            while let Some(request) = queue.requests.pop() {
-                queue.waiting.fetch_sub(1, Ordering::Relaxed);
-                let refusal = self.refusal();
-                let done = request.done;
-                let _ = catch_unwind(AssertUnwindSafe(|| done(Err(refusal))));
-            }
-        }
-        while self.commands.pop().is_some() {}
-    }
-}
-
-impl CloseWatcher for Shared {
-    fn closed(&self, file: FileId) {
-        self.closed_files.push(file);
-        self.wake_if_parked();
-    }
-}
-
 /// What the thread owns.
 struct Owned {
     io: Box<dyn Io>,
     schedule: Schedule,
-    shared: Arc<Shared>,
+    shared: Arc<Mailbox>,
     ended: Vec<Ended>,
     pace: Pace,
 }
