@@ -171,14 +171,13 @@ impl<D: Driver> CopyQueue<D> {
         }
         if self.shared.lost().is_none() {
             let driver = self.shared.driver.clone();
-            match driver.enter() {
+            // Entering may fail for want of memory; twice in a row is a dead context.
+            match driver.enter().or_else(|_| driver.enter()) {
                 Ok(_entered) => self.advance_entered(),
-                Err(fault) if fault.context == ContextState::Destroyed => {
+                Err(fault) => {
                     self.shared.lose(fault);
                 }
-                // Entering may fail once (out of memory); the watch calls again.
-                Err(_) => {}
-            }
+            };
         }
         self.fail_all();
         self.waker.set_in_flight(self.runs.len());

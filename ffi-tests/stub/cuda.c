@@ -1,0 +1,638 @@
+/* A fake libcuda.so.1: the functions that UCM calls, with the signatures of the public driver API, over
+ * the machine of machine.c. -DUCM_STUB_OLD leaves out what came with CUDA 12.8; -DUCM_STUB_HEADER compiles
+ * it against a real cuda.h, which checks the signatures. */
+#include "machine.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../src/device/cuda/copy_args.h"
+
+#ifdef UCM_STUB_HEADER
+#include <cuda.h>
+#else
+typedef int CUresult, CUdevice, CUdevice_attribute, CUstreamCaptureMode, CUstreamCaptureStatus;
+typedef unsigned long long CUdeviceptr;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUstream_st *CUstream;
+typedef struct CUevent_st *CUevent;
+typedef struct CUmod_st *CUmodule;
+typedef struct CUfunc_st *CUfunction;
+typedef void (*CUhostFn)(void *);
+typedef int CUdriverProcAddressQueryResult;
+typedef uint64_t cuuint64_t;
+typedef struct {
+    size_t srcXInBytes, srcY;
+    int srcMemoryType;
+    const void *srcHost;
+    CUdeviceptr srcDevice;
+    void *srcArray;
+    size_t srcPitch;
+    size_t dstXInBytes, dstY;
+    int dstMemoryType;
+    void *dstHost;
+    CUdeviceptr dstDevice;
+    void *dstArray;
+    size_t dstPitch;
+    size_t WidthInBytes, Height;
+} CUDA_MEMCPY2D;
+typedef struct {
+    int type, id;
+} CUmemLocation;
+typedef struct {
+    int srcAccessOrder;
+    CUmemLocation srcLocHint, dstLocHint;
+    unsigned int flags;
+} CUmemcpyAttributes;
+#define CUDAAPI
+#define cuDevicePrimaryCtxRelease cuDevicePrimaryCtxRelease_v2
+#define cuCtxPushCurrent cuCtxPushCurrent_v2
+#define cuCtxPopCurrent cuCtxPopCurrent_v2
+#define cuStreamDestroy cuStreamDestroy_v2
+#define cuEventDestroy cuEventDestroy_v2
+#define cuMemHostRegister cuMemHostRegister_v2
+#define cuMemHostGetDevicePointer cuMemHostGetDevicePointer_v2
+#define cuMemAlloc cuMemAlloc_v2
+#define cuMemFree cuMemFree_v2
+#define cuMemGetAddressRange cuMemGetAddressRange_v2
+#define cuMemcpy2DAsync cuMemcpy2DAsync_v2
+#define cuGetProcAddress cuGetProcAddress_v2
+#endif
+
+#define API STUB_EXPORT CUresult CUDAAPI
+#define OK 0
+#define INVALID_VALUE 1
+#define OUT_OF_MEMORY 2
+#define INVALID_CONTEXT 201
+#define INVALID_HANDLE 400
+#define NOT_FOUND 500
+#define NOT_READY 600
+#define CONTEXT_IS_DESTROYED 709
+#define ALREADY_REGISTERED 712
+#define NOT_REGISTERED 713
+#define RELAXED 2
+#define DEVICES 2
+#define VERSION 12080
+
+struct context {
+    int retained;
+    bool destroyed;
+};
+
+static struct context contexts[DEVICES];
+static bool initialised, capturing;
+static struct stub_stream *default_stream;
+static pthread_mutex_t context_lock = PTHREAD_MUTEX_INITIALIZER;
+
+#define STACK_MAX 16
+static __thread struct context *stack[STACK_MAX];
+static __thread int depth;
+static __thread int capture_mode; /* 0: global */
+
+/* ---- what a test can say and ask, of CUDA alone ---- */
+
+/* A graph is being captured somewhere in the process: calls of threads that are not relaxed break it. */
+STUB_EXPORT void ucm_stub_capture(int on) {
+    capturing = on;
+}
+
+/* Somebody resets the device: its work ends, then every call says so. */
+STUB_EXPORT void ucm_stub_reset_device(void) {
+    stub_quiesce();
+    for (int i = 0; i < DEVICES; i++) {
+        contexts[i].destroyed = true;
+    }
+}
+
+STUB_EXPORT void ucm_stub_revive(void) {
+    for (int i = 0; i < DEVICES; i++) {
+        contexts[i].destroyed = false;
+    }
+}
+
+/* Contexts on this thread's stack. */
+STUB_EXPORT int ucm_stub_depth(void) {
+    return depth;
+}
+
+STUB_EXPORT int ucm_stub_retained(void) {
+    return contexts[0].retained + contexts[1].retained;
+}
+
+/* ---- entering ---- */
+
+#define ENTER(call)                                                                                                    \
+    do {                                                                                                               \
+        int status_ = stub_enter(call);                                                                                \
+        if (status_) {                                                                                                 \
+            return (CUresult)status_;                                                                                  \
+        }                                                                                                              \
+        if (!initialised) {                                                                                            \
+            stub_misuse(call, "called before cuInit");                                                                 \
+        }                                                                                                              \
+    } while (0)
+
+/* Calls that need a current context, and that end a capture unless the thread is relaxed. */
+#define ENTER_CONTEXT(call)                                                                                            \
+    do {                                                                                                               \
+        ENTER(call);                                                                                                   \
+        if (!depth) {                                                                                                  \
+            stub_misuse(call, "called without a current context");                                                     \
+        }                                                                                                              \
+        if (stack[depth - 1]->destroyed) {                                                                             \
+            return (CUresult)CONTEXT_IS_DESTROYED;                                                                     \
+        }                                                                                                              \
+        if (!stack[depth - 1]->retained) {                                                                             \
+            stub_misuse(call, "the primary context was released");                                                     \
+        }                                                                                                              \
+        if (capturing && capture_mode != RELAXED) {                                                                    \
+            stub_misuse(call, "breaks a capture: the thread is not relaxed");                                          \
+        }                                                                                                              \
+    } while (0)
+
+#define NOT_NULL(call, pointer)                                                                                        \
+    do {                                                                                                               \
+        if (!(pointer)) {                                                                                              \
+            stub_misuse(call, #pointer " is null");                                                                    \
+        }                                                                                                              \
+    } while (0)
+
+static struct stub_stream *stream_of(const char *call, CUstream stream) {
+    if ((uintptr_t)stream <= 2) {
+        pthread_mutex_lock(&context_lock);
+        if (!default_stream) {
+            default_stream = stub_stream_new();
+        }
+        pthread_mutex_unlock(&context_lock);
+        return default_stream;
+    }
+    stub_stream_check(call, (struct stub_stream *)stream);
+    return (struct stub_stream *)stream;
+}
+
+/* ---- the API ---- */
+
+API cuInit(unsigned int flags) {
+    int status = stub_enter("cuInit");
+    if (status) {
+        return (CUresult)status;
+    }
+    if (flags) {
+        stub_misuse("cuInit", "flags must be 0");
+    }
+    initialised = true;
+    return OK;
+}
+
+API cuDriverGetVersion(int *version) {
+    *version = VERSION;
+#ifdef UCM_STUB_OLD
+    *version = 12000;
+#endif
+    return OK;
+}
+
+API cuDeviceGetCount(int *count) {
+    ENTER("cuDeviceGetCount");
+    *count = DEVICES;
+    return OK;
+}
+
+API cuDeviceGet(CUdevice *device, int ordinal) {
+    ENTER("cuDeviceGet");
+    if (ordinal < 0 || ordinal >= DEVICES) {
+        stub_misuse("cuDeviceGet", "no device %d", ordinal);
+    }
+    *device = ordinal;
+    return OK;
+}
+
+API cuDeviceGetName(char *name, int length, CUdevice device) {
+    ENTER("cuDeviceGetName");
+    snprintf(name, (size_t)length, "pretend device %d", device);
+    return OK;
+}
+
+API cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+    ENTER("cuDeviceGetAttribute");
+    (void)device;
+    if (attribute != 16) {
+        stub_misuse("cuDeviceGetAttribute", "attribute %d is not one that UCM needs", (int)attribute);
+    }
+    *value = 8;
+    return OK;
+}
+
+API cuDeviceGetPCIBusId(char *id, int length, CUdevice device) {
+    ENTER("cuDeviceGetPCIBusId");
+    snprintf(id, (size_t)length, "FFFF:%02X:00.0", device);
+    return OK;
+}
+
+API cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+    ENTER("cuDevicePrimaryCtxRetain");
+    pthread_mutex_lock(&context_lock);
+    contexts[device].retained++;
+    pthread_mutex_unlock(&context_lock);
+    *context = (CUcontext)&contexts[device];
+    return OK;
+}
+
+API cuDevicePrimaryCtxRelease(CUdevice device) {
+    ENTER("cuDevicePrimaryCtxRelease");
+    pthread_mutex_lock(&context_lock);
+    if (contexts[device].retained-- <= 0) {
+        stub_misuse("cuDevicePrimaryCtxRelease", "released more often than retained");
+    }
+    pthread_mutex_unlock(&context_lock);
+    return OK;
+}
+
+API cuCtxPushCurrent(CUcontext context) {
+    ENTER("cuCtxPushCurrent");
+    struct context *pushed = (struct context *)context;
+    if (pushed < contexts || pushed >= contexts + DEVICES || !pushed->retained) {
+        stub_misuse("cuCtxPushCurrent", "not a retained context");
+    }
+    if (pushed->destroyed) {
+        return (CUresult)CONTEXT_IS_DESTROYED;
+    }
+    if (depth == STACK_MAX) {
+        stub_misuse("cuCtxPushCurrent", "contexts are pushed and never popped");
+    }
+    stack[depth++] = pushed;
+    return OK;
+}
+
+/* Popping and the capture mode never fail on request: no caller could do anything about it. */
+API cuCtxPopCurrent(CUcontext *context) {
+    if (!depth) {
+        stub_misuse("cuCtxPopCurrent", "nothing was pushed");
+    }
+    *context = (CUcontext)stack[--depth];
+    return OK;
+}
+
+API cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+    int given = (int)*mode;
+    if (given < 0 || given > RELAXED) {
+        stub_misuse("cuThreadExchangeStreamCaptureMode", "mode %d", given);
+    }
+    *mode = (CUstreamCaptureMode)capture_mode;
+    capture_mode = given;
+    return OK;
+}
+
+API cuStreamCreateWithPriority(CUstream *stream, unsigned int flags, int priority) {
+    ENTER_CONTEXT("cuStreamCreateWithPriority");
+    (void)priority;
+    if (flags != 1) {
+        stub_misuse("cuStreamCreateWithPriority", "the stream would wait for the default stream");
+    }
+    *stream = (CUstream)stub_stream_new();
+    return OK;
+}
+
+API cuStreamDestroy(CUstream stream) {
+    ENTER_CONTEXT("cuStreamDestroy");
+    stub_stream_destroy("cuStreamDestroy", (struct stub_stream *)stream);
+    return OK;
+}
+
+API cuStreamQuery(CUstream stream) {
+    ENTER_CONTEXT("cuStreamQuery");
+    return (CUresult)(stub_stream_idle(stream_of("cuStreamQuery", stream)) ? OK : NOT_READY);
+}
+
+API cuStreamSynchronize(CUstream stream) {
+    ENTER_CONTEXT("cuStreamSynchronize");
+    stub_stream_wait_idle(stream_of("cuStreamSynchronize", stream));
+    return (CUresult)stub_dead();
+}
+
+API cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
+    ENTER_CONTEXT("cuStreamWaitEvent");
+    if (!stub_event_known((struct stub_event *)event)) {
+        return (CUresult)INVALID_HANDLE;
+    }
+    if (flags) {
+        stub_misuse("cuStreamWaitEvent", "flags %u", flags);
+    }
+    stub_wait(stream_of("cuStreamWaitEvent", stream), (struct stub_event *)event);
+    return OK;
+}
+
+API cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    ENTER_CONTEXT("cuStreamIsCapturing");
+    (void)stream;
+    *status = 0;
+    return OK;
+}
+
+API cuEventCreate(CUevent *event, unsigned int flags) {
+    ENTER_CONTEXT("cuEventCreate");
+    if (flags != 2) {
+        stub_misuse("cuEventCreate", "an event with timing costs time");
+    }
+    *event = (CUevent)stub_event_new();
+    return OK;
+}
+
+API cuEventDestroy(CUevent event) {
+    ENTER_CONTEXT("cuEventDestroy");
+    stub_event_destroy("cuEventDestroy", (struct stub_event *)event);
+    return OK;
+}
+
+API cuEventRecord(CUevent event, CUstream stream) {
+    ENTER_CONTEXT("cuEventRecord");
+    if (!stub_event_known((struct stub_event *)event)) {
+        stub_misuse("cuEventRecord", "%p is not a live event", (void *)event);
+    }
+    stub_record((struct stub_event *)event, stream_of("cuEventRecord", stream), false);
+    return OK;
+}
+
+API cuEventQuery(CUevent event) {
+    ENTER_CONTEXT("cuEventQuery");
+    if (!stub_event_known((struct stub_event *)event)) {
+        return (CUresult)INVALID_HANDLE;
+    }
+    return (CUresult)(stub_event_done((struct stub_event *)event) ? OK : NOT_READY);
+}
+
+API cuLaunchHostFunc(CUstream stream, CUhostFn function, void *data) {
+    ENTER_CONTEXT("cuLaunchHostFunc");
+    stub_host_function(stream_of("cuLaunchHostFunc", stream), function, data);
+    return OK;
+}
+
+API cuMemHostRegister(void *base, size_t bytes, unsigned int flags) {
+    ENTER_CONTEXT("cuMemHostRegister");
+    if (flags != 3 || !bytes || (uintptr_t)base % 4096) {
+        stub_misuse("cuMemHostRegister", "%zu bytes at %p, flags %u", bytes, base, flags);
+    }
+    return (CUresult)(stub_register(base, bytes) ? OK : ALREADY_REGISTERED);
+}
+
+API cuMemHostUnregister(void *base) {
+    ENTER_CONTEXT("cuMemHostUnregister");
+    return (CUresult)(stub_unregister("cuMemHostUnregister", base) ? OK : NOT_REGISTERED);
+}
+
+API cuMemHostGetDevicePointer(CUdeviceptr *device, void *host, unsigned int flags) {
+    ENTER_CONTEXT("cuMemHostGetDevicePointer");
+    enum stub_memory kind = stub_find(host, NULL, NULL);
+    if (flags || (kind != STUB_REGISTERED && kind != STUB_PINNED)) {
+        stub_misuse("cuMemHostGetDevicePointer", "%p is not pinned", host);
+    }
+    *device = (CUdeviceptr)(uintptr_t)host;
+    return OK;
+}
+
+API cuMemHostAlloc(void **base, size_t bytes, unsigned int flags) {
+    ENTER_CONTEXT("cuMemHostAlloc");
+    (void)flags;
+    *base = stub_pinned_alloc(bytes);
+    return OK;
+}
+
+API cuMemFreeHost(void *base) {
+    ENTER_CONTEXT("cuMemFreeHost");
+    stub_free("cuMemFreeHost", base, STUB_PINNED);
+    return OK;
+}
+
+API cuMemAlloc(CUdeviceptr *address, size_t bytes) {
+    ENTER_CONTEXT("cuMemAlloc");
+    *address = (CUdeviceptr)(uintptr_t)stub_device_alloc(bytes);
+    return OK;
+}
+
+API cuMemFree(CUdeviceptr address) {
+    ENTER_CONTEXT("cuMemFree");
+    stub_free("cuMemFree", (void *)(uintptr_t)address, STUB_DEVICE);
+    return OK;
+}
+
+API cuMemGetAddressRange(CUdeviceptr *base, size_t *bytes, CUdeviceptr address) {
+    ENTER_CONTEXT("cuMemGetAddressRange");
+    void *found = NULL;
+    if (stub_find((void *)(uintptr_t)address, &found, bytes) != STUB_DEVICE) {
+        return (CUresult)NOT_FOUND;
+    }
+    *base = (CUdeviceptr)(uintptr_t)found;
+    return OK;
+}
+
+/* Memory that is not pinned is copied before the call returns, as the driver does it. */
+static CUresult transfer(const char *call, CUstream stream, const struct stub_copy *copy) {
+    struct stub_stream *on = stream_of(call, stream);
+    bool known = stub_find(copy->to, NULL, NULL) && stub_find(copy->from, NULL, NULL);
+    stub_copy(call, on, copy);
+    if (!known) {
+        stub_stream_wait_idle(on);
+    }
+    return OK;
+}
+
+API cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ENTER_CONTEXT("cuMemcpyAsync");
+    struct stub_copy copy = {(char *)(uintptr_t)to, (char *)(uintptr_t)from, bytes, 1, bytes, bytes};
+    return transfer("cuMemcpyAsync", stream, &copy);
+}
+
+API cuMemcpy2DAsync(const CUDA_MEMCPY2D *copy, CUstream stream) {
+    ENTER_CONTEXT("cuMemcpy2DAsync");
+    NOT_NULL("cuMemcpy2DAsync", copy);
+    if (copy->srcMemoryType != 4 || copy->dstMemoryType != 4 || copy->srcPitch < copy->WidthInBytes ||
+        copy->dstPitch < copy->WidthInBytes) {
+        stub_misuse("cuMemcpy2DAsync", "types or pitches");
+    }
+    struct stub_copy rows = {(char *)(uintptr_t)copy->dstDevice, (char *)(uintptr_t)copy->srcDevice,
+                             copy->WidthInBytes, copy->Height, copy->dstPitch, copy->srcPitch};
+    return transfer("cuMemcpy2DAsync", stream, &rows);
+}
+
+#ifndef UCM_STUB_OLD
+API cuMemcpyBatchAsync(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t count, CUmemcpyAttributes *attributes,
+                       size_t *indexes, size_t attribute_count, size_t *failed, CUstream stream) {
+    ENTER_CONTEXT("cuMemcpyBatchAsync");
+    NOT_NULL("cuMemcpyBatchAsync", failed);
+    if (!count || attribute_count != 1 || indexes[0] != 0 || attributes[0].srcAccessOrder != 1 ||
+        (uintptr_t)stream <= 2) {
+        stub_misuse("cuMemcpyBatchAsync", "counts, attributes or stream");
+    }
+    for (size_t i = 0; i < count; i++) {
+        struct stub_copy copy = {(char *)(uintptr_t)to[i], (char *)(uintptr_t)from[i], sizes[i], 1, sizes[i], sizes[i]};
+        if (!stub_find(copy.to, NULL, NULL) || !stub_find(copy.from, NULL, NULL)) {
+            stub_misuse("cuMemcpyBatchAsync", "copy %zu is of memory that is not pinned", i);
+        }
+        stub_copy("cuMemcpyBatchAsync", stream_of("cuMemcpyBatchAsync", stream), &copy);
+    }
+    return OK;
+}
+#endif
+
+/* ---- kernels ---- */
+
+static int loaded_module, runs_function, rows_function;
+
+API cuModuleLoadData(CUmodule *module, const void *image) {
+    ENTER_CONTEXT("cuModuleLoadData");
+    const char *text = image;
+    if (!strstr(text, ".version") || !strstr(text, ".entry ucm_copy_runs(") || !strstr(text, ".entry ucm_copy_rows(")) {
+        stub_misuse("cuModuleLoadData", "not the PTX of the copy kernels");
+    }
+    *module = (CUmodule)&loaded_module;
+    return OK;
+}
+
+API cuModuleUnload(CUmodule module) {
+    ENTER_CONTEXT("cuModuleUnload");
+    if ((void *)module != &loaded_module) {
+        stub_misuse("cuModuleUnload", "not a loaded module");
+    }
+    return OK;
+}
+
+API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+    ENTER_CONTEXT("cuModuleGetFunction");
+    if ((void *)module != &loaded_module) {
+        stub_misuse("cuModuleGetFunction", "not a loaded module");
+    }
+    if (!strcmp(name, "ucm_copy_runs")) {
+        *function = (CUfunction)&runs_function;
+    } else if (!strcmp(name, "ucm_copy_rows")) {
+        *function = (CUfunction)&rows_function;
+    } else {
+        return (CUresult)NOT_FOUND;
+    }
+    return OK;
+}
+
+static void check_head(const struct ucm_head *head, unsigned most) {
+    unsigned width = head->width;
+    if (!head->pieces || head->pieces > most || !head->tiles || head->scatter > 1 || width > 16 || !width ||
+        (width & (width - 1))) {
+        stub_misuse("cuLaunchKernel", "head");
+    }
+}
+
+/* What one kernel thread does for each element, in the order of the linear side. */
+static void move(const struct ucm_head *head, uint64_t memory, uint64_t linear, size_t bytes) {
+    if (memory % head->width || linear % head->width || bytes % head->width) {
+        stub_misuse("kernel", "misaligned address for accesses of %u bytes", head->width);
+    }
+    char *outside = (char *)(uintptr_t)memory, *inside = (char *)(uintptr_t)linear;
+    if (head->scatter) {
+        stub_kernel_move(outside, inside, bytes);
+    } else {
+        stub_kernel_move(inside, outside, bytes);
+    }
+}
+
+static unsigned tiles_of(unsigned bytes) {
+    return (bytes + UCM_TILE_BYTES - 1) / UCM_TILE_BYTES;
+}
+
+static void run_runs(const void *data) {
+    const struct ucm_runs_args *args = data;
+    check_head(&args->head, UCM_RUNS_MAX);
+    unsigned tiles = 0;
+    for (unsigned i = 0; i < args->head.pieces; i++) {
+        const struct ucm_run *run = &args->pieces[i];
+        if (run->first_tile != tiles) {
+            stub_misuse("kernel", "piece %u begins at tile %u, not %u", i, run->first_tile, tiles);
+        }
+        tiles += tiles_of(run->bytes);
+        move(&args->head, run->memory, run->linear, run->bytes);
+    }
+    if (tiles != args->head.tiles) {
+        stub_misuse("kernel", "%u tiles, not %u", args->head.tiles, tiles);
+    }
+}
+
+static void run_rows(const void *data) {
+    const struct ucm_rows_args *args = data;
+    check_head(&args->head, UCM_ROWS_MAX);
+    unsigned tiles = 0;
+    for (unsigned i = 0; i < args->head.pieces; i++) {
+        const struct ucm_rows *rows = &args->pieces[i];
+        if (rows->first_tile != tiles || !rows->run || rows->bytes % rows->run || !rows->count1 || !rows->count2) {
+            stub_misuse("kernel", "piece %u", i);
+        }
+        tiles += tiles_of(rows->bytes);
+        for (unsigned r = 0; r < rows->bytes / rows->run; r++) {
+            unsigned k = r % rows->count2, outer = r / rows->count2;
+            uint64_t offset = outer / rows->count1 * rows->stride[0] + outer % rows->count1 * rows->stride[1] +
+                              k * rows->stride[2];
+            move(&args->head, rows->memory + offset, rows->linear + (uint64_t)r * rows->run, rows->run);
+        }
+    }
+    if (tiles != args->head.tiles) {
+        stub_misuse("kernel", "%u tiles, not %u", args->head.tiles, tiles);
+    }
+}
+
+API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
+                   unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared,
+                   CUstream stream, void **params, void **extra) {
+    ENTER_CONTEXT("cuLaunchKernel");
+    if (!grid_x || grid_y != 1 || grid_z != 1 || block_x != 256 || block_y != 1 || block_z != 1 || shared || extra) {
+        stub_misuse("cuLaunchKernel", "grid or block");
+    }
+    struct stub_stream *on = stream_of("cuLaunchKernel", stream);
+    if ((void *)function == &runs_function) {
+        stub_kernel("cuLaunchKernel", on, run_runs, params[0], sizeof(struct ucm_runs_args));
+    } else if ((void *)function == &rows_function) {
+        stub_kernel("cuLaunchKernel", on, run_rows, params[0], sizeof(struct ucm_rows_args));
+    } else {
+        stub_misuse("cuLaunchKernel", "not a function of the module");
+    }
+    return OK;
+}
+
+/* ---- texts and entry points ---- */
+
+API cuGetErrorName(CUresult status, const char **text) {
+    *text = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_PRETENDED";
+    return OK;
+}
+
+API cuGetErrorString(CUresult status, const char **text) {
+    (void)status;
+    *text = "pretended failure";
+    return OK;
+}
+
+/* Gives the functions above under their plain names, and counts who asks with which version. */
+API cuGetProcAddress(const char *symbol, void **address, int version, cuuint64_t flags,
+                     CUdriverProcAddressQueryResult *found) {
+    static const struct {
+        const char *name;
+        void *address;
+    } table[] = {
+        {"cuDevicePrimaryCtxRelease", (void *)cuDevicePrimaryCtxRelease},
+        {"cuCtxPushCurrent", (void *)cuCtxPushCurrent},
+        {"cuCtxPopCurrent", (void *)cuCtxPopCurrent},
+        {"cuMemAlloc", (void *)cuMemAlloc},
+        {"cuMemFree", (void *)cuMemFree},
+#ifndef UCM_STUB_OLD
+        {"cuMemcpyBatchAsync", (void *)cuMemcpyBatchAsync},
+#endif
+    };
+    if (version != VERSION || flags != 1) {
+        stub_misuse("cuGetProcAddress", "version %d, flags %llu", version, (unsigned long long)flags);
+    }
+    *address = NULL;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        if (!strcmp(table[i].name, symbol)) {
+            *address = table[i].address;
+        }
+    }
+    *found = *address ? 0 : 1;
+    return (CUresult)(*address ? OK : NOT_FOUND);
+}

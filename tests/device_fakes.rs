@@ -1,0 +1,730 @@
+//! Devices against the fake drivers: order, arguments, failures, leaks. The fakes abort on misuse, so
+//! that a test passes only if nothing was touched too early, too late or after its end.
+
+mod fakes;
+
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory, Pages};
+use ucm::block::SliceShape;
+use ucm::config::DeviceKind;
+use ucm::device::{
+    CapturedEvent, CopyJob, CopyStream, Device, Direction, Finished, Marker, Staging, Wake, open,
+};
+use ucm::error::{ErrorKind, Result};
+
+/// Longer than anything here takes on a busy machine; a test that waits so long has hung.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn device_kind(kind: Kind) -> DeviceKind {
+    if kind.device == "cuda" { DeviceKind::Cuda } else { DeviceKind::Ascend }
+}
+
+/// A copy worker in miniature: parks until it is woken.
+struct Worker {
+    stream: Option<Box<dyn CopyStream>>,
+    woken: Arc<(Mutex<bool>, Condvar)>,
+    wakes: Arc<AtomicUsize>,
+}
+
+impl Worker {
+    fn new(device: &dyn Device) -> Result<Self> {
+        let woken = Arc::new((Mutex::new(false), Condvar::new()));
+        let wakes = Arc::new(AtomicUsize::new(0));
+        let (signal, count) = (woken.clone(), wakes.clone());
+        let wake: Wake = Arc::new(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            *signal.0.lock().unwrap() = true;
+            signal.1.notify_one();
+        });
+        Ok(Self { stream: Some(device.open_stream(wake)?), woken, wakes })
+    }
+
+    fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker> {
+        // SAFETY: tests keep memory and staging until `finish` has reported the jobs.
+        unsafe { self.stream.as_mut().unwrap().enqueue(jobs) }
+    }
+
+    fn poll(&mut self) -> Vec<Finished> {
+        let mut finished = Vec::new();
+        self.stream.as_mut().unwrap().poll(&mut finished);
+        finished
+    }
+
+    /// Parks until `count` jobs are reported.
+    fn finish(&mut self, count: usize) -> Vec<Finished> {
+        let (begin, mut finished) = (Instant::now(), self.poll());
+        while finished.len() < count {
+            assert!(begin.elapsed() < PATIENCE, "{} of {count} jobs reported", finished.len());
+            let (lock, signal) = &*self.woken;
+            let mut woken = lock.lock().unwrap();
+            while !*woken {
+                let (guard, timeout) = signal.wait_timeout(woken, PATIENCE).unwrap();
+                woken = guard;
+                assert!(!timeout.timed_out(), "nobody wakes the worker");
+            }
+            *woken = false;
+            drop(woken);
+            finished.append(&mut self.poll());
+        }
+        assert_eq!(finished.len(), count, "jobs reported twice");
+        finished
+    }
+}
+
+/// Bytes that differ by place and by round.
+fn pattern(bytes: usize, seed: usize) -> Vec<u8> {
+    (0..bytes).map(|i| ((i * 31 + seed * 77) ^ (i >> 8)) as u8).collect()
+}
+
+/// Slices of every form: contiguous neighbours, strangers, rows, permuted dimensions, odd lengths.
+fn shapes() -> Vec<SliceShape> {
+    let strided = |run_bytes, dimensions: &[(u64, u64)]| SliceShape {
+        run_bytes,
+        dimensions: dimensions.to_vec(),
+    };
+    vec![
+        SliceShape::contiguous(64 << 10),
+        SliceShape::contiguous(64 << 10),
+        SliceShape::contiguous(20_001),
+        strided(256, &[(96, 512)]),
+        strided(16, &[(4, 64), (8, 4096)]),
+        strided(2, &[(3, 40_000), (5, 2), (7, 300), (2, 17)]),
+        strided(1, &[(2, 50_000), (2, 9000), (2, 3000), (2, 700), (3, 5)]),
+        SliceShape::contiguous(1),
+    ]
+}
+
+/// Offsets at which the slices lie apart, the first two next to each other.
+fn layout(shapes: &[SliceShape]) -> (Vec<usize>, usize) {
+    let (mut at, mut offsets) = (0usize, Vec::new());
+    for (i, shape) in shapes.iter().enumerate() {
+        offsets.push(at);
+        at += shape.span() as usize;
+        if i > 0 {
+            at = at.next_multiple_of(256) + 512;
+        }
+    }
+    (offsets, at)
+}
+
+/// The bytes of a shard by the definition of `SliceShape`.
+fn gathered(memory: &[u8], offsets: &[usize], shapes: &[SliceShape]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (base, shape) in offsets.iter().zip(shapes) {
+        each_run(shape, |offset| {
+            let at = base + offset as usize;
+            out.extend_from_slice(&memory[at..at + shape.run_bytes as usize]);
+        });
+    }
+    out
+}
+
+fn scattered(memory: &mut [u8], bytes: &[u8], offsets: &[usize], shapes: &[SliceShape]) {
+    let mut from = 0;
+    for (base, shape) in offsets.iter().zip(shapes) {
+        let run = shape.run_bytes as usize;
+        each_run(shape, |offset| {
+            let at = base + offset as usize;
+            memory[at..at + run].copy_from_slice(&bytes[from..from + run]);
+            from += run;
+        });
+    }
+}
+
+fn each_run(shape: &SliceShape, mut run: impl FnMut(u64)) {
+    let runs: u64 = shape.dimensions.iter().map(|(count, _)| count).product();
+    for index in 0..runs {
+        let (mut rest, mut offset) = (index, 0);
+        for (count, stride) in shape.dimensions.iter().rev() {
+            offset += rest % count * stride;
+            rest /= count;
+        }
+        run(offset);
+    }
+}
+
+fn shard_bytes(shapes: &[SliceShape]) -> usize {
+    shapes.iter().map(|shape| shape.bytes() as usize).sum()
+}
+
+fn addresses(memory: &Memory<'_>, offsets: &[usize]) -> Vec<*mut std::ffi::c_void> {
+    offsets.iter().map(|offset| memory.base.wrapping_add(*offset).cast()).collect()
+}
+
+/// Opens the device on its fake, with the arena pinned where the driver can.
+fn open_pinned(fake: &Fake, arena: &Pages) -> Result<Arc<dyn Device>> {
+    let device = open(device_kind(fake.kind()), 0)?;
+    // SAFETY: tests unpin before the pages go.
+    let pinned = unsafe { device.pin(arena.base, arena.bytes) };
+    assert!(pinned.is_ok() || fake.failed().is_some() || (fake.is_old() && !fake.is_cuda()));
+    Ok(device)
+}
+
+/// Saves a shard of every form and loads it elsewhere, twice in one call; false when any job failed.
+/// Jobs that are reported as done must have moved the right bytes.
+fn round_trip(fake: &Fake, seed: usize) -> Result<bool> {
+    let shapes = shapes();
+    let (offsets, span) = layout(&shapes);
+    let shard = shard_bytes(&shapes);
+    let slot = shard.next_multiple_of(4096);
+    let arena = Pages::new(4 * slot);
+    let device = open_pinned(fake, &arena)?;
+    fake.delay(300);
+    let mut worker = Worker::new(&*device)?;
+    let result = (|| {
+        let (source, target) = (fake.alloc(span), fake.alloc(span));
+        let stream = fake.stream();
+        let event = fake.event();
+        let bytes = pattern(span, seed);
+        stream.write(source.base, &bytes, 3000);
+        event.record(&stream);
+        // SAFETY: the event lives.
+        let wait = unsafe { device.capture_event(event.event) };
+        drop(event);
+        let wait = match wait {
+            Ok(wait) => wait,
+            Err(error) => {
+                stream.sync();
+                return Err(error);
+            }
+        };
+        let from = addresses(&source, &offsets);
+        let job = |ticket, slot_index: usize, direction, addresses| CopyJob {
+            ticket,
+            direction,
+            staging: arena.base.wrapping_add(slot_index * slot),
+            addresses,
+            slices: &shapes,
+            wait: None,
+        };
+        let saves = [
+            CopyJob { wait: Some(&wait), ..job(1, 0, Direction::Gather, &from) },
+            CopyJob { wait: Some(&wait), ..job(2, 1, Direction::Gather, &from) },
+        ];
+        worker.enqueue(&saves);
+        let finished = worker.finish(2);
+        stream.sync();
+        assert!(finished.iter().all(|f| f.staging == Staging::Free));
+        let expected = gathered(&bytes, &offsets, &shapes);
+        for done in finished.iter().filter(|f| f.result.is_ok()) {
+            let at = (done.ticket as usize - 1) * slot;
+            assert!(arena.read()[at..at + shard] == expected, "{:?}: wrong bytes", fake.kind());
+        }
+        let saved = finished.iter().all(|f| f.result.is_ok());
+
+        let fresh = pattern(shard, seed + 1);
+        // SAFETY: the slot is ours, and no copy is in flight.
+        unsafe {
+            let staging = arena.base.wrapping_add(2 * slot);
+            std::ptr::copy_nonoverlapping(fresh.as_ptr(), staging, shard);
+        }
+        target.write(&bytes);
+        let to = addresses(&target, &offsets);
+        worker.enqueue(&[job(3, 2, Direction::Scatter, &to)]);
+        let finished = worker.finish(1);
+        assert_eq!(finished[0].staging, Staging::Free);
+        let loaded = finished[0].result.is_ok();
+        if loaded {
+            let mut expected = bytes.clone();
+            scattered(&mut expected, &fresh, &offsets, &shapes);
+            assert!(target.read() == expected, "{:?}: wrong bytes loaded", fake.kind());
+        }
+        Ok(saved && loaded)
+    })();
+    drop(worker);
+    device.unpin(arena.base);
+    result
+}
+
+/// Goal: saves and loads of every form of slice are byte-exact on every driver and in every way of
+/// copying, while the source is still being written when the save is submitted; nothing is leaked.
+#[test]
+fn round_trips_are_exact() {
+    for &kind in ALL {
+        let fake = Fake::take(kind);
+        assert!(round_trip(&fake, 7).unwrap(), "{kind:?}");
+        fake.assert_no_leak();
+        if fake.is_cuda() {
+            assert_eq!(fake.depth(), 0, "a context was left on the caller's stack");
+        }
+    }
+}
+
+/// Goal: whichever single call of the driver fails, jobs are reported once, none as done with wrong
+/// bytes, the failure is an error and no hang, and closing works.
+#[test]
+fn each_call_fails_once() {
+    const STATUS: i32 = 2;
+    // Calibration makes thousands of like calls: there, every so many-th is failed.
+    const CALIBRATED_STEP: usize = 397;
+    for &kind in ALL {
+        let mut failures = 0;
+        let step = if kind.strategy.is_empty() { CALIBRATED_STEP } else { 1 };
+        for nth in (1i64..).step_by(step) {
+            let fake = Fake::take(kind);
+            fake.fail(nth, STATUS, false);
+            let result = round_trip(&fake, nth as usize);
+            let Some(call) = fake.failed() else {
+                assert!(result.unwrap(), "{kind:?}: fails without a failure");
+                break;
+            };
+            failures += 1;
+            if let Err(error) = result {
+                assert_eq!(error.kind(), ErrorKind::Device, "{kind:?}: {call}: {error}");
+                assert!(error.to_string().contains(&call), "{call} is not named: {error}");
+            }
+            if fake.is_cuda() {
+                assert_eq!(fake.depth(), 0, "{call}: a context was left on the caller's stack");
+            }
+        }
+        assert!(failures > 10, "{kind:?}: only {failures} calls were failed");
+    }
+}
+
+/// Goal: a device that dies in the middle fails every job with DEVICE, gives back no staging memory that
+/// it might still touch, and lets everything close.
+#[test]
+fn a_dying_device_keeps_its_staging() {
+    const STATUS: i32 = 700;
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 20);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(1 << 20);
+        fake.hold(true);
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 20)]);
+        let job = |ticket| CopyJob {
+            ticket,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        };
+        worker.enqueue(&[job(1)]);
+        fake.fail(1, STATUS, true);
+        let finished = worker.finish(1);
+        assert_eq!(finished[0].result.as_ref().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(finished[0].staging, Staging::Lost);
+        worker.enqueue(&[job(2)]);
+        let finished = worker.finish(1);
+        assert_eq!(finished[0].result.as_ref().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(finished[0].staging, Staging::Free, "nothing of it was enqueued");
+        // SAFETY: a null event is none.
+        let capture = unsafe { device.capture_event(std::ptr::null_mut()) };
+        assert!(capture.err().unwrap().to_string().contains("restart"));
+        drop(worker);
+        device.unpin(arena.base);
+        drop(device);
+        fake.reset();
+        // What the device may still touch is leaked, so the pages stay registered: they must stay mapped.
+        std::mem::forget(arena);
+        std::mem::forget(memory);
+    }
+}
+
+/// Goal: when somebody resets the device under us, jobs fail with DEVICE and staging is free, because a
+/// reset ends all work.
+#[test]
+fn a_reset_device_frees_its_staging() {
+    let fake = Fake::take(ALL[0]);
+    let arena = Pages::new(1 << 20);
+    let device = open_pinned(&fake, &arena).unwrap();
+    let mut worker = Worker::new(&*device).unwrap();
+    let memory = fake.alloc(1 << 20);
+    let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 20)]);
+    let job = CopyJob {
+        ticket: 1,
+        direction: Direction::Scatter,
+        staging: arena.base,
+        addresses: &addresses,
+        slices: &slices,
+        wait: None,
+    };
+    worker.enqueue(&[job]);
+    fake.reset_device();
+    let finished = worker.finish(1);
+    assert_eq!(finished[0].result.as_ref().unwrap_err().kind(), ErrorKind::Device);
+    assert_eq!(finished[0].staging, Staging::Free);
+    drop(worker);
+    device.unpin(arena.base);
+    drop(device);
+    fake.revive();
+    std::mem::forget(arena);
+}
+
+/// Goal: the fakes catch wrong order: the same save without the wait ends the process.
+#[test]
+fn a_save_without_its_event_is_caught() {
+    const VARIABLE: &str = "UCM_TEST_OVERTAKE";
+    if let Ok(index) = std::env::var(VARIABLE) {
+        let fake = Fake::take(ALL[index.parse::<usize>().unwrap()]);
+        let arena = Pages::new(1 << 20);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let (memory, stream) = (fake.alloc(1 << 20), fake.stream());
+        stream.write(memory.base, &pattern(1 << 20, 1), 500_000);
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 20)]);
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        }]);
+        worker.finish(1);
+        return;
+    }
+    for (index, kind) in ALL.iter().enumerate() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_save_without_its_event_is_caught", "--nocapture"])
+            .env(VARIABLE, index.to_string())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && text.contains("overtook its event"),
+            "{kind:?}: {text}"
+        );
+    }
+}
+
+/// Goal: an event captured is the event as it was: recording it again behind other work, or destroying
+/// it, neither delays nor hurries the copy.
+#[test]
+fn captured_events_do_not_change() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(4096);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(4096);
+        let (quick, slow) = (fake.stream(), fake.stream());
+        let other = fake.alloc(4096);
+        let event = fake.event();
+        let bytes = pattern(4096, 3);
+        quick.write(memory.base, &bytes, 20_000);
+        event.record(&quick);
+        // SAFETY: the event lives.
+        let wait: CapturedEvent = unsafe { device.capture_event(event.event) }.unwrap();
+        slow.write(other.base, &bytes, 1_500_000);
+        event.record(&slow);
+        drop(event);
+        let begin = Instant::now();
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(4096)]);
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: Some(&wait),
+        }]);
+        drop(wait);
+        assert!(worker.finish(1)[0].result.is_ok());
+        assert!(begin.elapsed() < Duration::from_millis(1200), "waited for the second recording");
+        assert_eq!(arena.read(), bytes);
+        slow.sync();
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: what is not an event is DEVICE and names the field; a null event is no event.
+#[test]
+fn an_invalid_event_is_told() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let device = open(device_kind(kind), 0).unwrap();
+        // SAFETY: the fakes look the handle up before they touch it.
+        let error = unsafe { device.capture_event(std::ptr::dangling_mut()) }.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.to_string().contains("wait_event"), "{error}");
+        // SAFETY: null is none.
+        assert!(unsafe { device.capture_event(std::ptr::null_mut()) }.is_ok());
+        drop(device);
+        fake.assert_no_leak();
+    }
+}
+
+/// Goal: a compute stream made to wait reads what the load has copied, though it was asked to read
+/// before the copy began; and nothing on the CPU waited.
+#[test]
+fn a_stream_waits_on_the_device() {
+    for &kind in ALL.iter().filter(|kind| !kind.file.contains("ascendcl-old")) {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 16);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(1 << 16);
+        let stream = fake.stream();
+        let bytes = pattern(1 << 16, 9);
+        arena.write(&bytes);
+        fake.hold(true);
+        let half = 1 << 15;
+        let addresses = [memory.base.cast(), memory.base.wrapping_add(half).cast()];
+        let slices = vec![SliceShape::contiguous(half as u64); 2];
+        let marker = worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Scatter,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        }]);
+        // SAFETY: the stream lives.
+        unsafe { device.stream_wait(stream.stream, &[marker.unwrap()]) }.unwrap();
+        let mut seen = vec![0; 1 << 16];
+        stream.read(&mut seen, memory.base);
+        assert!(worker.poll().is_empty(), "{kind:?}: done while the device is held");
+        fake.hold(false);
+        stream.sync();
+        assert!(seen == bytes, "{kind:?}: the stream did not wait");
+        worker.finish(1);
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: the worker sleeps until copies have ended, and is woken a few times a run, not continuously;
+/// also when the driver refuses to call back.
+#[test]
+fn workers_park_until_woken() {
+    for &kind in EACH_DRIVER {
+        for refused in [false, true] {
+            let fake = Fake::take(kind);
+            let arena = Pages::new(1 << 16);
+            let device = open_pinned(&fake, &arena).unwrap();
+            let mut worker = Worker::new(&*device).unwrap();
+            let memory = fake.alloc(1 << 16);
+            let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 16)]);
+            if refused {
+                let name = if fake.is_cuda() { "cuLaunchHostFunc" } else { "aclrtLaunchHostFunc" };
+                fake.fail_call(name, 1, 2);
+            }
+            fake.hold(true);
+            worker.enqueue(&[CopyJob {
+                ticket: 1,
+                direction: Direction::Gather,
+                staging: arena.base,
+                addresses: &addresses,
+                slices: &slices,
+                wait: None,
+            }]);
+            let before = fake.calls();
+            std::thread::sleep(Duration::from_millis(120));
+            assert_eq!(fake.calls(), before, "{kind:?}: the driver is asked while nothing happens");
+            let wakes = worker.wakes.load(Ordering::SeqCst);
+            assert!(wakes <= 6, "{kind:?}: {wakes} wake-ups in 120 ms");
+            fake.hold(false);
+            assert!(worker.finish(1)[0].result.is_ok());
+            drop(worker);
+            device.unpin(arena.base);
+        }
+    }
+}
+
+/// Goal: while a graph is captured anywhere in the process, saves and loads go on and break nothing.
+#[test]
+fn captures_are_not_broken() {
+    for &kind in ALL {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 16);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        fake.capture(true);
+        let memory = fake.alloc(1 << 16);
+        let event = fake.event();
+        let stream = fake.stream();
+        stream.write(memory.base, &pattern(1 << 16, 2), 5000);
+        event.record(&stream);
+        // SAFETY: the event lives.
+        let wait = unsafe { device.capture_event(event.event) }.unwrap();
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 16)]);
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: Some(&wait),
+        }]);
+        assert!(worker.finish(1)[0].result.is_ok());
+        fake.capture(false);
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: a thousand saves with events make no more events and memory than the first did.
+#[test]
+fn nothing_grows() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(4096);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(4096);
+        let (event, stream) = (fake.event(), fake.stream());
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(4096)]);
+        let mut before = Vec::new();
+        for round in 0..1000 {
+            stream.write(memory.base, &[round as u8], 1);
+            event.record(&stream);
+            // SAFETY: the event lives.
+            let wait = unsafe { device.capture_event(event.event) }.unwrap();
+            worker.enqueue(&[CopyJob {
+                ticket: round,
+                direction: Direction::Gather,
+                staging: arena.base,
+                addresses: &addresses,
+                slices: &slices,
+                wait: Some(&wait),
+            }]);
+            assert!(worker.finish(1)[0].result.is_ok());
+            if round == 0 {
+                before = fake.live();
+            }
+        }
+        assert_eq!(fake.live(), before);
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: a slice that ends behind its allocation fails alone, with its address; its neighbours in the
+/// same call succeed.
+#[test]
+fn one_bad_address_fails_alone() {
+    let fake = Fake::take(ALL[4]);
+    let arena = Pages::new(1 << 16);
+    let device = open_pinned(&fake, &arena).unwrap();
+    let mut worker = Worker::new(&*device).unwrap();
+    let memory = fake.alloc(8192);
+    let good = [memory.base.cast()];
+    let bad = [memory.base.wrapping_add(4097).cast()];
+    let null = [std::ptr::null_mut()];
+    let slices = [SliceShape::contiguous(4096)];
+    let job = |ticket, addresses| CopyJob {
+        ticket,
+        direction: Direction::Gather,
+        staging: arena.base.wrapping_add(ticket as usize * 4096),
+        addresses,
+        slices: &slices,
+        wait: None,
+    };
+    worker.enqueue(&[job(0, &good), job(1, &bad), job(2, &null), job(3, &good)]);
+    for done in worker.finish(4) {
+        match done.ticket {
+            0 | 3 => assert!(done.result.is_ok()),
+            _ => {
+                let error = done.result.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+                assert_eq!(done.staging, Staging::Free);
+            }
+        }
+    }
+    drop(worker);
+    device.unpin(arena.base);
+}
+
+/// Goal: on CUDA, plain host memory is copied too; on Ascend it is refused with the remedy.
+#[test]
+fn host_addresses_are_understood() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(4096);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = Pages::new(4096);
+        memory.write(&pattern(4096, 5));
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(4096)]);
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        }]);
+        let result = worker.finish(1).remove(0).result;
+        if fake.is_cuda() {
+            assert!(result.is_ok());
+            assert_eq!(arena.read(), memory.read());
+        } else {
+            assert!(result.unwrap_err().to_string().contains("device: host"));
+        }
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: staging that could not be pinned is slower and told, and still right.
+#[test]
+fn unpinned_staging_works() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 16);
+        let device = open(device_kind(kind), 0).unwrap();
+        let name = if fake.is_cuda() { "cuMemHostRegister" } else { "aclrtHostRegisterV2" };
+        fake.fail_call(name, 1, 2);
+        // SAFETY: the pages live until the end of the test.
+        assert!(unsafe { device.pin(arena.base, arena.bytes) }.is_err());
+        assert!(device.report().fallbacks.iter().any(|text| text.contains("not pinned")));
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(1 << 16);
+        let bytes = pattern(1 << 16, 4);
+        memory.write(&bytes);
+        let (addresses, slices) = ([memory.base.cast()], [SliceShape::contiguous(1 << 16)]);
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        }]);
+        assert!(worker.finish(1)[0].result.is_ok());
+        assert_eq!(arena.read(), bytes);
+    }
+}
+
+/// Goal: `auto` takes the driver that is there, and host memory where there is none; an ordinal that is
+/// not there and a library that is not there are errors that name the remedy.
+#[test]
+fn the_right_device_is_opened() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        assert_eq!(open(DeviceKind::Auto, 0).unwrap().name(), kind.device);
+        let error = open(device_kind(kind), 7).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.to_string().contains("device_id 7"), "{error}");
+        assert_eq!(open(device_kind(kind), -1).unwrap().name(), "host");
+        let other = if fake.is_cuda() { DeviceKind::Ascend } else { DeviceKind::Cuda };
+        let error = open(other, 0).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.to_string().contains("cannot be loaded"), "{error}");
+        // SAFETY: under the fake's turn.
+        unsafe { std::env::set_var(kind.library_variable, "/nonexistent/library.so") };
+        assert_eq!(open(DeviceKind::Auto, 0).unwrap().name(), "host");
+    }
+}
+
+/// Goal: what an old driver lacks is told with the version that has it, and copies still work.
+#[test]
+fn old_drivers_are_told_about() {
+    for kind in [ALL[5], ALL[9]] {
+        let _fake = Fake::take(kind);
+        let report = open(device_kind(kind), 0).unwrap().report();
+        let batch =
+            if kind.device == "cuda" { "cuMemcpyBatchAsync" } else { "aclrtMemcpyBatchAsync" };
+        assert!(report.fallbacks.iter().any(|text| text.contains(batch)), "{report:?}");
+        assert_eq!(report.kind, kind.device);
+    }
+}
