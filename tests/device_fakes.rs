@@ -2,153 +2,22 @@
 //! that a test passes only if nothing was touched too early, too late or after its end.
 
 mod fakes;
+mod shards;
 
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory, Pages};
+use fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory};
+use shards::{Pages, Worker, gathered, layout, pattern, scattered, shapes, shard_bytes};
 use ucm::block::SliceShape;
 use ucm::config::DeviceKind;
-use ucm::device::{
-    CapturedEvent, CopyJob, CopyStream, Device, Direction, Finished, Marker, Staging, Wake, open,
-};
+use ucm::device::{CapturedEvent, CopyJob, Device, Direction, Staging, open};
 use ucm::error::{ErrorKind, Result};
-
-/// Longer than anything here takes on a busy machine; a test that waits so long has hung.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 fn device_kind(kind: Kind) -> DeviceKind {
     if kind.device == "cuda" { DeviceKind::Cuda } else { DeviceKind::Ascend }
-}
-
-/// A copy worker in miniature: parks until it is woken.
-struct Worker {
-    stream: Option<Box<dyn CopyStream>>,
-    woken: Arc<(Mutex<bool>, Condvar)>,
-    wakes: Arc<AtomicUsize>,
-}
-
-impl Worker {
-    fn new(device: &dyn Device) -> Result<Self> {
-        let woken = Arc::new((Mutex::new(false), Condvar::new()));
-        let wakes = Arc::new(AtomicUsize::new(0));
-        let (signal, count) = (woken.clone(), wakes.clone());
-        let wake: Wake = Arc::new(move || {
-            count.fetch_add(1, Ordering::SeqCst);
-            *signal.0.lock().unwrap() = true;
-            signal.1.notify_one();
-        });
-        Ok(Self { stream: Some(device.open_stream(wake)?), woken, wakes })
-    }
-
-    fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker> {
-        // SAFETY: tests keep memory and staging until `finish` has reported the jobs.
-        unsafe { self.stream.as_mut().unwrap().enqueue(jobs) }
-    }
-
-    fn poll(&mut self) -> Vec<Finished> {
-        let mut finished = Vec::new();
-        self.stream.as_mut().unwrap().poll(&mut finished);
-        finished
-    }
-
-    /// Parks until `count` jobs are reported.
-    fn finish(&mut self, count: usize) -> Vec<Finished> {
-        let (begin, mut finished) = (Instant::now(), self.poll());
-        while finished.len() < count {
-            assert!(begin.elapsed() < PATIENCE, "{} of {count} jobs reported", finished.len());
-            let (lock, signal) = &*self.woken;
-            let mut woken = lock.lock().unwrap();
-            while !*woken {
-                let (guard, timeout) = signal.wait_timeout(woken, PATIENCE).unwrap();
-                woken = guard;
-                assert!(!timeout.timed_out(), "nobody wakes the worker");
-            }
-            *woken = false;
-            drop(woken);
-            finished.append(&mut self.poll());
-        }
-        assert_eq!(finished.len(), count, "jobs reported twice");
-        finished
-    }
-}
-
-/// Bytes that differ by place and by round.
-fn pattern(bytes: usize, seed: usize) -> Vec<u8> {
-    (0..bytes).map(|i| ((i * 31 + seed * 77) ^ (i >> 8)) as u8).collect()
-}
-
-/// Slices of every form: contiguous neighbours, strangers, rows, permuted dimensions, odd lengths.
-fn shapes() -> Vec<SliceShape> {
-    let strided = |run_bytes, dimensions: &[(u64, u64)]| SliceShape {
-        run_bytes,
-        dimensions: dimensions.to_vec(),
-    };
-    vec![
-        SliceShape::contiguous(64 << 10),
-        SliceShape::contiguous(64 << 10),
-        SliceShape::contiguous(20_001),
-        strided(256, &[(96, 512)]),
-        strided(16, &[(4, 64), (8, 4096)]),
-        strided(2, &[(3, 40_000), (5, 2), (7, 300), (2, 17)]),
-        strided(1, &[(2, 50_000), (2, 9000), (2, 3000), (2, 700), (3, 5)]),
-        SliceShape::contiguous(1),
-    ]
-}
-
-/// Offsets at which the slices lie apart, the first two next to each other.
-fn layout(shapes: &[SliceShape]) -> (Vec<usize>, usize) {
-    let (mut at, mut offsets) = (0usize, Vec::new());
-    for (i, shape) in shapes.iter().enumerate() {
-        offsets.push(at);
-        at += shape.span() as usize;
-        if i > 0 {
-            at = at.next_multiple_of(256) + 512;
-        }
-    }
-    (offsets, at)
-}
-
-/// The bytes of a shard by the definition of `SliceShape`.
-fn gathered(memory: &[u8], offsets: &[usize], shapes: &[SliceShape]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for (base, shape) in offsets.iter().zip(shapes) {
-        each_run(shape, |offset| {
-            let at = base + offset as usize;
-            out.extend_from_slice(&memory[at..at + shape.run_bytes as usize]);
-        });
-    }
-    out
-}
-
-fn scattered(memory: &mut [u8], bytes: &[u8], offsets: &[usize], shapes: &[SliceShape]) {
-    let mut from = 0;
-    for (base, shape) in offsets.iter().zip(shapes) {
-        let run = shape.run_bytes as usize;
-        each_run(shape, |offset| {
-            let at = base + offset as usize;
-            memory[at..at + run].copy_from_slice(&bytes[from..from + run]);
-            from += run;
-        });
-    }
-}
-
-fn each_run(shape: &SliceShape, mut run: impl FnMut(u64)) {
-    let runs: u64 = shape.dimensions.iter().map(|(count, _)| count).product();
-    for index in 0..runs {
-        let (mut rest, mut offset) = (index, 0);
-        for (count, stride) in shape.dimensions.iter().rev() {
-            offset += rest % count * stride;
-            rest /= count;
-        }
-        run(offset);
-    }
-}
-
-fn shard_bytes(shapes: &[SliceShape]) -> usize {
-    shapes.iter().map(|shape| shape.bytes() as usize).sum()
 }
 
 fn addresses(memory: &Memory<'_>, offsets: &[usize]) -> Vec<*mut std::ffi::c_void> {
