@@ -35,21 +35,21 @@ fn open_pinned(fake: &Fake, arena: &Pages) -> Result<Arc<dyn Device>> {
 
 /// Saves a shard of every form and loads it elsewhere, twice in one call; false when any job failed.
 /// Jobs that are reported as done must have moved the right bytes.
-fn round_trip(fake: &Fake, seed: usize) -> Result<bool> {
+fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
     let shapes = shapes();
     let (offsets, span) = layout(&shapes);
     let shard = shard_bytes(&shapes);
     let slot = shard.next_multiple_of(4096);
     let arena = Pages::new(4 * slot);
     let device = open_pinned(fake, &arena)?;
-    fake.delay(300);
+    fake.delay(delay_micros);
     let mut worker = Worker::new(&*device)?;
     let result = (|| {
         let (source, target) = (fake.alloc(span), fake.alloc(span));
         let stream = fake.stream();
         let event = fake.event();
         let bytes = pattern(span, seed);
-        stream.write(source.base, &bytes, 3000);
+        stream.write(source.base, &bytes, 1000);
         event.record(&stream);
         // SAFETY: the event lives.
         let wait = unsafe { device.capture_event(event.event) };
@@ -115,7 +115,7 @@ fn round_trip(fake: &Fake, seed: usize) -> Result<bool> {
 fn round_trips_are_exact() {
     for &kind in ALL {
         let fake = Fake::take(kind);
-        assert!(round_trip(&fake, 7).unwrap(), "{kind:?}");
+        assert!(round_trip(&fake, 7, 300).unwrap(), "{kind:?}");
         fake.assert_no_leak();
         if fake.is_cuda() {
             assert_eq!(fake.depth(), 0, "a context was left on the caller's stack");
@@ -136,7 +136,7 @@ fn each_call_fails_once() {
         for nth in (1i64..).step_by(step) {
             let fake = Fake::take(kind);
             fake.fail(nth, STATUS, false);
-            let result = round_trip(&fake, nth as usize);
+            let result = round_trip(&fake, nth as usize, 10);
             let Some(call) = fake.failed() else {
                 assert!(result.unwrap(), "{kind:?}: fails without a failure");
                 break;

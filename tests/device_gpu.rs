@@ -202,7 +202,9 @@ fn captures_survive() {
         // SAFETY: the event lives.
         let wait = unsafe { device.capture_event(event) }.unwrap();
         std::thread::scope(|scope| {
+            let (arena, wait) = (&arena, &wait);
             scope.spawn(|| {
+                let arena: &Pages = arena;
                 let mut worker = Worker::new(&*device).unwrap();
                 let addresses = addresses(memory, &[0]);
                 let slices = [SliceShape::contiguous(1 << 20)];
@@ -213,7 +215,7 @@ fn captures_survive() {
                         staging: arena.base,
                         addresses: &addresses,
                         slices: &slices,
-                        wait: Some(&wait),
+                        wait: Some(wait),
                     }]);
                     worker.finish(1).remove(0).result.unwrap();
                 }

@@ -146,6 +146,11 @@ pub struct Pages {
     pub bytes: usize,
 }
 
+// SAFETY: plain memory; tests order their own accesses.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
 impl Pages {
     pub fn new(bytes: usize) -> Self {
         // SAFETY: the size is not zero, the alignment a power of two; checked for null.

@@ -16,7 +16,7 @@ use crate::device::{CapturedEvent, CopyStream, Device, Marker, Report, Wake};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Events made at open, so that submitting rarely makes one.
-const EVENTS_AHEAD: usize = 64;
+const EVENTS_AHEAD: usize = 16;
 
 /// The watch's beat where host functions wake the workers: only a dead context needs it.
 const BEAT_BACKUP: Duration = Duration::from_millis(50);
