@@ -26,9 +26,14 @@ impl Ascend {
             Choices::measure(set, |strategy, direction, pattern| {
                 let pieces = pattern.pieces(device as usize, host as usize);
                 let begin = Instant::now();
-                // SAFETY: the buffers cover the pieces and live until the stream is synchronised below.
-                let copied = unsafe { self.copy_with(strategy, stream, direction, &pieces) };
-                copied.and_then(|()| self.synchronize(stream)).ok().map(|()| begin.elapsed())
+                let rounds = pattern.rounds();
+                let copied = (0..rounds).try_for_each(|_| {
+                    // SAFETY: the buffers cover the pieces and live until the stream is synchronised
+                    // below.
+                    unsafe { self.copy_with(strategy, stream, direction, &pieces) }
+                });
+                copied.and_then(|()| self.synchronize(stream)).ok()?;
+                Some(begin.elapsed() / rounds)
             })
         });
         if self.synchronize(stream).is_ok() {

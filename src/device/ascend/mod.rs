@@ -133,7 +133,7 @@ impl Ascend {
         }
         let mut set = StrategySet(vec![Strategy::Plain]);
         if functions.aclrtMemcpyBatchAsync.is_some() {
-            set.0.push(Strategy::Batch);
+            set.0.insert(0, Strategy::Batch);
         }
         if let Ok(name) = std::env::var(STRATEGY_VARIABLE) {
             match Strategy::from_name(&name).filter(|strategy| set.0.contains(strategy)) {

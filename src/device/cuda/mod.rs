@@ -164,7 +164,7 @@ impl Cuda {
             let _entered = self.enter()?;
             Kernels::load(&self.api, multiprocessors.max(1) as u32)
         };
-        let mut set = StrategySet(vec![Strategy::Plain]);
+        let mut set = StrategySet(Vec::new());
         match kernels {
             Ok(kernels) => self.kernels = kernels,
             Err(fault) => report.fallbacks.push(format!(
@@ -181,6 +181,7 @@ impl Cuda {
                 self.api.version_text()
             ));
         }
+        set.0.push(Strategy::Plain);
         if self.kernels.is_some() {
             set.0.extend([Strategy::Bounce, Strategy::Kernel]);
         }
