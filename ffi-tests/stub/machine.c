@@ -177,7 +177,9 @@ void *stub_device_alloc(size_t bytes) {
     if (file < 0 || ftruncate(file, (off_t)length)) {
         stub_misuse("allocation", "no memory for the pretend device");
     }
-    char *seen = mmap(NULL, length, PROT_NONE, MAP_SHARED, file, 0);
+    /* Whole-store tests look at caller memory with the CPU. */
+    int access = getenv("UCM_STUB_VISIBLE") ? PROT_READ | PROT_WRITE : PROT_NONE;
+    char *seen = mmap(NULL, length, access, MAP_SHARED, file, 0);
     char *alias = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (seen == MAP_FAILED || alias == MAP_FAILED) {

@@ -25,7 +25,8 @@ int stub_dead(void);
 
 enum stub_memory { STUB_NONE, STUB_DEVICE, STUB_PINNED, STUB_REGISTERED };
 
-void *stub_device_alloc(size_t bytes); /* an address that only the device can reach */
+/* An address that only the device can reach, unless UCM_STUB_VISIBLE is in the environment. */
+void *stub_device_alloc(size_t bytes);
 void *stub_pinned_alloc(size_t bytes);
 void stub_free(const char *call, void *base, enum stub_memory kind);
 /* false: some of it is registered already. */

@@ -11,7 +11,7 @@ pub mod host;
 mod loader;
 mod open;
 
-pub use open::open;
+pub use open::{check_gpu_direct, open};
 
 use std::any::Any;
 use std::ffi::c_void;

@@ -87,6 +87,7 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
     }
     let deadline = Instant::now() + config.timeout;
     let layout = Arc::new(Layout::new(&config.geometry)?);
+    device::check_gpu_direct(config.gpu_direct)?;
     let device = match platform.device {
         Some(device) => device,
         None => device::open(config.device, config.device_id)?,

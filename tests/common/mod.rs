@@ -42,16 +42,86 @@ pub fn expected(number: u64, at: usize) -> u8 {
     (word >> (at % 8 * 8)) as u8
 }
 
+/// Names the fake driver whose memory stands in for host memory: `cargo xtask fake-test` sets it, and the
+/// same tests then run on the device that the driver pretends to have.
+const DEVICE_LIBRARY: &str = "UCM_TEST_DEVICE_LIBRARY";
+
+/// Bytes of the caller: host memory, or memory of a pretended device that the CPU can see.
+enum Bytes {
+    Host(Vec<u8>),
+    Device { base: *mut u8, length: usize, library: libloading::Library },
+}
+
+// SAFETY: plain memory with one owner.
+unsafe impl Send for Bytes {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for Bytes {}
+
+impl Bytes {
+    fn new(length: usize) -> Self {
+        let Some(path) = std::env::var_os(DEVICE_LIBRARY) else {
+            return Self::Host(vec![0xEE; length]);
+        };
+        // SAFETY: the fake driver has no constructors, and exports the symbol with this signature.
+        let (library, base) = unsafe {
+            let library = libloading::Library::new(path).unwrap();
+            let base = library
+                .get::<unsafe extern "C" fn(usize) -> *mut u8>(b"ucm_stub_device_alloc")
+                .unwrap()(length);
+            (library, base)
+        };
+        let mut bytes = Self::Device { base, length, library };
+        bytes.fill(0xEE);
+        bytes
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Host(bytes) => bytes,
+            // SAFETY: the allocation has `length` bytes until drop.
+            Self::Device { base, length, .. } => unsafe {
+                std::slice::from_raw_parts(*base, *length)
+            },
+        }
+    }
+}
+
+impl std::ops::DerefMut for Bytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Host(bytes) => bytes,
+            // SAFETY: as above.
+            Self::Device { base, length, .. } => unsafe {
+                std::slice::from_raw_parts_mut(*base, *length)
+            },
+        }
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        let Self::Device { base, library, .. } = self else { return };
+        // SAFETY: allocated by `new`; the fake aborts if a copy of it is still under way.
+        unsafe {
+            library.get::<unsafe extern "C" fn(*mut u8)>(b"ucm_stub_device_free").unwrap()(*base);
+        }
+    }
+}
+
 /// Caller memory: whole blocks, page aligned.
 pub struct Pages {
-    pub memory: Vec<u8>,
+    memory: Bytes,
     start: usize,
     pub block: usize,
 }
 
 impl Pages {
     pub fn new(blocks: usize, block: usize) -> Self {
-        let memory = vec![0xEE; blocks * block + 4096];
+        let memory = Bytes::new(blocks * block + 4096);
         let start = memory.as_ptr().align_offset(4096);
         Self { memory, start, block }
     }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod gpu;
 mod header;
 mod install;
 mod suite;
@@ -16,6 +17,9 @@ usage: cargo xtask <chore>
   header [--check]         write include/ucm.h from src/capi (or only compare)
   demo [--directory DIR]   build the library and the examples, and run prefill and decode as processes
   test                     install what the tests need, run every check, and sum up
+  fake-test                run the device tests and the store tests on the fake drivers
+  gpu-test                 run what needs a real NVIDIA GPU (and PyTorch, compute-sanitizer if there)
+  ptx                      make the committed PTX of the kernels again (needs nvcc)
   install --prefix DIR     build, and put header, libraries, pkg-config and CMake files below DIR
 ";
 
@@ -66,6 +70,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
+        ["fake-test"] => gpu::fake_test(),
+        ["gpu-test"] => gpu::gpu_test(),
+        ["ptx"] => gpu::ptx(),
         ["header"] => header::write(&root()),
         ["header", "--check"] => header::check(&root()),
         ["demo"] => demo::run(&root(), None),

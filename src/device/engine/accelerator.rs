@@ -127,12 +127,6 @@ impl<D: Driver> Accelerator<D> {
         });
         Ok(Self { shared, report, numa_node })
     }
-
-    /// Events that wait for use: tests see with it that none is leaked.
-    #[cfg(test)]
-    pub(in crate::device) fn idle_events(&self) -> usize {
-        self.shared.pool.idle()
-    }
 }
 
 impl<D: Driver> Device for Accelerator<D> {

@@ -51,12 +51,6 @@ impl<D: Driver> EventPool<D> {
         None
     }
 
-    /// Events that wait for use.
-    #[cfg(test)]
-    pub(super) fn idle(&self) -> usize {
-        self.free.lock().len()
-    }
-
     /// Destroys the events that are not in use. The context is current.
     pub(super) fn drain(&self) {
         for event in self.free.lock().drain(..) {

@@ -1,0 +1,114 @@
+//! Device chores: the tests on fake drivers, the tests on a real GPU, and the kernels' PTX.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{Outcome, root};
+
+/// Store tests that also run on the fake drivers.
+const STORE_TESTS: [&str; 4] = ["store_dram", "store_posix", "defects", "processes"];
+
+/// Kernel sources whose PTX is committed.
+const KERNELS: [&str; 2] = ["src/device/cuda/copy.cu", "tests/gpu/model.cu"];
+
+/// The compiler that made the committed PTX: its version decides the oldest driver that can load it.
+const NVCC_RELEASE: &str = "11.8";
+
+fn run(command: &mut Command, what: &str) -> Outcome {
+    let status =
+        command.current_dir(root()).status().map_err(|error| format!("{what}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{what} failed")) }
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Builds the fake drivers, and runs the device tests and the store's tests on each.
+pub(crate) fn fake_test() -> Outcome {
+    let folder = root().join("target/fakes");
+    std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let out = format!("OUT={}", folder.display());
+    run(Command::new("make").args(["-s", "-C", "ffi-tests/stub", &out]), "make")?;
+    run(cargo().args(["test", "--package", "ucm", "--test", "device_fakes"]), "device tests")?;
+    for (variable, other, file) in [
+        ("UCM_CUDA_LIBRARY", "UCM_ASCENDCL_LIBRARY", "libcuda.so.1"),
+        ("UCM_ASCENDCL_LIBRARY", "UCM_CUDA_LIBRARY", "libascendcl.so"),
+    ] {
+        let library = folder.join(file);
+        let mut tests = cargo();
+        tests.args(["test", "--package", "ucm"]);
+        tests.args(STORE_TESTS.iter().flat_map(|name| ["--test", name]));
+        tests
+            .env(variable, &library)
+            .env(other, "/nonexistent/driver.so")
+            .env("UCM_TEST_DEVICE_LIBRARY", &library)
+            .env("UCM_STUB_VISIBLE", "1");
+        run(&mut tests, &format!("store tests on {file}"))?;
+    }
+    Ok(())
+}
+
+/// Runs everything that needs a real GPU, with what the machine has: the driver alone for the device
+/// tests, compute-sanitizer and PyTorch for more.
+pub(crate) fn gpu_test() -> Outcome {
+    let device_tests = |arguments: &[&str]| {
+        let mut tests = cargo();
+        tests.args(["test", "--release", "--package", "ucm", "--test", "device_gpu", "--"]);
+        tests.args(["--ignored", "--test-threads=1", "--nocapture"]).args(arguments);
+        tests
+    };
+    run(&mut device_tests(&[]), "device tests")?;
+    let sanitizer = which("compute-sanitizer");
+    match &sanitizer {
+        Some(sanitizer) => run(
+            device_tests(&["slices_are_exact"]).env(
+                "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER",
+                format!("{} --error-exitcode 9", sanitizer.display()),
+            ),
+            "compute-sanitizer",
+        )?,
+        None => println!("compute-sanitizer is not on the PATH: not run"),
+    }
+    run(cargo().args(["build", "--release", "--package", "ucm", "--lib"]), "cargo build")?;
+    let library = root().join("target/release/libucm.so");
+    let torch = Command::new("python3")
+        .args(["-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
+        .status()
+        .is_ok_and(|status| status.success());
+    if !torch {
+        println!("python3 has no PyTorch that sees a GPU: the PyTorch tests are not run");
+        return Ok(());
+    }
+    run(
+        Command::new("python3")
+            .arg("tests/gpu/torch_store.py")
+            .env("PYTHONPATH", root().join("python"))
+            .env("UCM_LIBRARY", library),
+        "PyTorch tests",
+    )
+}
+
+/// Makes the committed PTX again; the sources say with which compiler.
+pub(crate) fn ptx() -> Outcome {
+    let nvcc = which("nvcc").ok_or("nvcc is not on the PATH; install the CUDA toolkit")?;
+    let version =
+        Command::new(&nvcc).arg("--version").output().map_err(|e| format!("nvcc: {e}"))?;
+    if !String::from_utf8_lossy(&version.stdout).contains(&format!("release {NVCC_RELEASE}")) {
+        println!(
+            "note: the committed PTX is of release {NVCC_RELEASE}; a newer one needs newer drivers"
+        );
+    }
+    for source in KERNELS {
+        let target = Path::new(source).with_extension("ptx");
+        let mut compile = Command::new(&nvcc);
+        compile.args(["-ptx", "-arch=compute_75", "--std=c++17", "-O3", source, "-o"]).arg(&target);
+        run(&mut compile, "nvcc")?;
+    }
+    Ok(())
+}
+
+fn which(program: &str) -> Option<PathBuf> {
+    let paths = std::env::var_os("PATH")?;
+    std::env::split_paths(&paths).map(|path| path.join(program)).find(|path| path.is_file())
+}
