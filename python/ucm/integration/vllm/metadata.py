@@ -31,6 +31,8 @@ class StepMetadata(KVConnectorMetadata):
     """One scheduler step."""
 
     number: int = 0
+    computes: bool = False
+    """Whether any token is computed; vLLM's offline engine drops statistics of steps without output."""
     loads: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
     """Of this step: their bytes are there when its computation, drafts included, is over."""

@@ -82,6 +82,7 @@ class SchedulerSide:
         self._requests: dict[str, RequestState] = {}
         self._step = StepMetadata(number=1)
         self._copied_step = 0
+        self._computes = False
         self.stats = UcmStats()
 
     # -- loading ------------------------------------------------------------------------------
@@ -221,6 +222,7 @@ class SchedulerSide:
     def build(self, scheduler_output: Any) -> StepMetadata:
         """The metadata of the step that was just scheduled."""
         step, self._step = self._step, StepMetadata(number=self._step.number + 1)
+        step.computes = self._computes = scheduler_output.total_num_scheduled_tokens > 0
         step.preempted = list(getattr(scheduler_output, "preempted_req_ids", None) or ())
         for request_id in step.preempted:
             state = self._requests.get(request_id)
@@ -353,8 +355,8 @@ class SchedulerSide:
         return True
 
     def take_stats(self) -> UcmStats | None:
-        """The counters since the last call."""
-        if self.stats.is_empty():
+        """The counters since the last call; kept for later in steps whose statistics could be lost."""
+        if self.stats.is_empty() or not self._computes:
             return None
         stats, self.stats = self.stats, UcmStats()
         return stats

@@ -78,6 +78,7 @@ class WorkerSide:
         self._current: SaveJob | None = None
         """The saves of the step that is running, while its layers are computed."""
         self._held: set[str] = set()
+        self._computes = False
         self._step = 0
         """The step that is running."""
         self._submitted_step = 0
@@ -90,6 +91,7 @@ class WorkerSide:
     def begin(self, step: StepMetadata) -> None:
         """A step begins: submits the saves of finished requests and makes its own saves ready."""
         self._step = step.number
+        self._computes = step.computes
         if step.late and self._rank.saves:
             self._submit_rest(SaveJob(step.late, step.number))
         self._held.update(step.held)
@@ -282,8 +284,8 @@ class WorkerSide:
         return invalid
 
     def take_stats(self) -> UcmStats | None:
-        """The counters since the last call."""
-        if self.stats.is_empty():
+        """The counters since the last call; kept for later in steps whose statistics could be lost."""
+        if self.stats.is_empty() or not self._computes:
             return None
         stats, self.stats = self.stats, UcmStats()
         return stats

@@ -1,0 +1,132 @@
+"""The connector's configuration, namespaces, ranks and byte orders, without vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucm.integration.vllm.config import ConfigError, Handoff, load
+from ucm.integration.vllm.namespace import Namespace, differences, model_fingerprint
+from ucm.integration.vllm.order import CPU_VEC_PACKED, CPU_VEC_SPLIT, Platform, order_name
+from ucm.integration.vllm.rank import rank_of
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ucm_config_example.yaml"
+
+
+def test_example_is_read() -> None:
+    """The example that ships is valid, for the connector and for the engine."""
+    from ucm.store import Options
+
+    config = load({"UCM_CONFIG_FILE": str(EXAMPLE)})
+    assert config.enable_event_sync
+    assert not config.use_layerwise
+    assert config.handoff is Handoff.PROMISE
+    Options(config.text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("use_layerwise: true", "ucm_connectors: missing"),
+        ("ucm_connectors: []", "ucm_connector_config"),
+        ("ucm_connectors: [{ucm_connector_config: {}}]\nhandoff: never", "promise, blocking"),
+        ("ucm_connectors: [{ucm_connector_config: {}}]\nuse_layerwise: 3", "true or false"),
+        ("ucm_connectors: [{ucm_connector_config: {}}]\nhit_ratio: 2", "0 to 1"),
+        ("[", "not YAML"),
+        ("just text", "no mapping"),
+    ],
+)
+def test_errors_name_file_and_key(tmp_path: Path, text: str, words: str) -> None:
+    """A wrong file is refused with its name, the key and what is allowed."""
+    path = tmp_path / "ucm.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as error:
+        load({"UCM_CONFIG_FILE": str(path)})
+    assert str(path) in str(error.value)
+
+
+def test_missing_file() -> None:
+    """No file named, or none there: the text says which key is meant."""
+    with pytest.raises(ConfigError, match="UCM_CONFIG_FILE"):
+        load({})
+    with pytest.raises(ConfigError, match="/nowhere"):
+        load({"UCM_CONFIG_FILE": "/nowhere/x.yaml"})
+
+
+def test_engine_refuses_unknown_top_keys() -> None:
+    """A misspelled key at the top is refused by the engine, with a suggestion."""
+    from ucm.errors import InvalidConfig
+    from ucm.store import Options
+
+    with pytest.raises(InvalidConfig, match="use_layerwise"):
+        Options("ucm_connectors: [{ucm_connector_config: {}}]\nuse_layerwize: true\n")
+    Options(
+        "ucm_connectors: [{ucm_connector_config: {}}]\nstrict_load_failure: true\nhandoff: promise\n"
+        "handoff_wait_ms: 5\nsave_wait_ms: 5\nsave_decode_blocks: true\nhit_ratio: 0.5\n"
+    )
+
+
+def model(path: Path, config: dict[str, Any], weights: bytes) -> str:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(weights)
+    return str(path)
+
+
+def test_model_fingerprint_is_content(tmp_path: Path) -> None:
+    """Equal files in two places are one model; one weight, one key or one override makes another."""
+    weights = bytes(range(256)) * 4000
+    a = model(tmp_path / "a", {"hidden_size": 1, "transformers_version": "4"}, weights)
+    b = model(tmp_path / "b", {"hidden_size": 1, "transformers_version": "5"}, weights)
+    c = model(tmp_path / "c", {"hidden_size": 1}, weights[:-1] + b"x")
+    d = model(tmp_path / "d", {"hidden_size": 2}, weights)
+    prints = [model_fingerprint(x, "name", {}) for x in (a, b, c, d)]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    assert model_fingerprint(a, "name", {"rope": 2}) != prints[0]
+
+
+def test_differences_are_named() -> None:
+    """Namespaces that differ in one thing say in which."""
+    mine = Namespace({"model": "m", "dtype": "bfloat16"}, "nhd-split")
+    theirs = Namespace({"model": "m", "dtype": "float16"}, "nhd-split")
+    assert differences(mine.describe(), theirs.describe()) == ["dtype"]
+    assert mine.logical != theirs.logical
+    assert mine.logical == Namespace(mine.fields, "hnd-split").logical
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "heads", "shared", "parts", "savers"),
+    [
+        (1, 8, False, 1, [0]),
+        (4, 8, False, 4, [0, 1, 2, 3]),
+        (8, 4, False, 4, [0, 2, 4, 6]),
+        (8, 1, True, 1, [0]),
+    ],
+)
+def test_ranks(tensor_parallel: int, heads: int, shared: bool, parts: int, savers: list[int]) -> None:
+    """Every part is saved by exactly one rank, and each rank loads the part it holds."""
+    ranks = [rank_of(i, tensor_parallel, heads, shared=shared) for i in range(tensor_parallel)]
+    assert {rank.part_count for rank in ranks} == {parts}
+    assert [rank.index for rank in ranks if rank.saves] == savers
+    assert sorted(rank.part for rank in ranks if rank.saves) == list(range(parts))
+
+
+def platform(**fields: Any) -> Platform:
+    defaults: dict[str, Any] = {
+        "device": "cpu", "backend": "CPU_ATTN", "vllm": (0, 26), "isa": "vec", "family": "gqa",
+        "kv_dtype": "bfloat16", "layout": "",
+    }  # fmt: skip
+    return Platform(**(defaults | fields))
+
+
+def test_orders() -> None:
+    """What the table lists has a shared name; AMX tiles, MLA and fp8 are private."""
+    assert order_name(platform()) == CPU_VEC_PACKED
+    assert order_name(platform(vllm=(0, 17))) == CPU_VEC_SPLIT
+    for other in ({"isa": "amx"}, {"family": "mla"}, {"kv_dtype": "fp8_e4m3"}):
+        assert order_name(platform(**other)).startswith("private-cpu")
+    assert order_name(platform(isa="amx")) != order_name(platform(isa="amx", vllm=(0, 32)))
