@@ -105,6 +105,14 @@ static void store_and_lookup(ucm_store_t *store) {
     INVALID("blocks is NULL", ucm_prefetch(store, NULL, 1));
     INVALID("blocks", ucm_prefetch(store, &block, HUGE_COUNT));
     OK(ucm_prefetch(store, NULL, 0));
+    INVALID("NULL", ucm_abandon(NULL, &block, 1));
+    INVALID("blocks is NULL", ucm_abandon(store, NULL, 1));
+    INVALID("blocks", ucm_abandon(store, &block, HUGE_COUNT));
+    OK(ucm_abandon(store, NULL, 0));
+    INVALID("NULL", ucm_lookup_abandoned(NULL, &block, 1, &found));
+    INVALID("blocks is NULL", ucm_lookup_abandoned(store, NULL, 1, &found));
+    INVALID("found is NULL", ucm_lookup_abandoned(store, &block, 1, NULL));
+    INVALID("blocks", ucm_lookup_abandoned(store, &block, HUGE_COUNT, &found));
 
     CHECK(ucm_store_completion_fd(NULL) == -1);
     CHECK(ucm_store_completion_fd(ODD(ucm_store_t)) == -1);

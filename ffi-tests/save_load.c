@@ -113,6 +113,22 @@ static void registered_memory(ucm_store_t *store) {
     free(memory);
 }
 
+/* A block that is given up is told to readers, who need not wait for it; other blocks are not touched. */
+static void abandoned(ucm_store_t *writer, ucm_store_t *reader) {
+    const ucm_block_id_t blocks[2] = {test_block(50), test_block(1)};
+    uint8_t found[2] = {9, 9};
+    OK(ucm_lookup_abandoned(reader, blocks, 2, found));
+    CHECK(found[0] == 0 && found[1] == 0);
+    OK(ucm_abandon(writer, blocks, 1));
+    for (int i = 0; i < 300 && found[0] == 0; ++i) {
+        OK(ucm_store_refresh(reader, 0));
+        OK(ucm_lookup_abandoned(reader, blocks, 2, found));
+    }
+    CHECK(found[0] == 1 && found[1] == 0);
+    OK(ucm_lookup(reader, blocks, 2, found));
+    CHECK(found[0] == 0 && found[1] == 1);
+}
+
 /* A program that was compiled when the struct ended after count: the rest counts as 0. */
 static void a_shorter_batch(ucm_store_t *store) {
     const ucm_block_id_t block = test_block(1);
@@ -143,6 +159,7 @@ int main(void) {
     missing_blocks_do_not_keep_the_others(store);
     a_shorter_batch(reader);
     registered_memory(store);
+    abandoned(store, reader);
     memset(&stats, 0, sizeof stats);
     stats.struct_size = sizeof stats;
     OK(ucm_store_stats(reader, &stats));

@@ -750,6 +750,43 @@ ucm_status_t ucm_prefetch(ucm_store_t *store,
                           size_t count);
 
 /**
+ * Tells all readers of the namespace that blocks which were promised to them will not come from here, so
+ * that nobody waits for them (ucm_lookup_abandoned). Blocks that are present stay present.
+ *
+ * Does not block: the record is written in the background. Without storage it does nothing.
+ *
+ * @param store handle
+ * @param blocks count ids; may be NULL when count is 0
+ * @param count 0 to UCM_COUNT_MAX
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_abandon(ucm_store_t *store,
+                         const ucm_block_id_t *blocks,
+                         size_t count);
+
+/**
+ * Tells which blocks a writer has abandoned: whoever waits for one need not wait any longer.
+ *
+ * Blocks as ucm_lookup does.
+ *
+ * @param store handle
+ * @param blocks count ids; may be NULL when count is 0
+ * @param count 0 to UCM_COUNT_MAX
+ * @param found receives count bytes: 1 where the block was abandoned, else 0; all 0 on failure
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_lookup_abandoned(ucm_store_t *store,
+                                  const ucm_block_id_t *blocks,
+                                  size_t count,
+                                  uint8_t *found);
+
+/**
  * Saves shards of blocks: starts copying them out of the caller's memory and on to storage.
  *
  * Does not block. Blocks that are present already cost no I/O. A part is published when all its shards

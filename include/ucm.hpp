@@ -424,6 +424,19 @@ public:
         return check(ucm_prefetch(get(), blocks.data(), blocks.size()));
     }
 
+    // Tells everybody who waits for these blocks that they will not come from here.
+    Result<void> abandon(Span<const BlockId> blocks) const {
+        return check(ucm_abandon(get(), blocks.data(), blocks.size()));
+    }
+    // One byte for each block: 1 where a writer has abandoned it.
+    Result<std::vector<std::uint8_t>> lookup_abandoned(Span<const BlockId> blocks) const {
+        std::vector<std::uint8_t> found(blocks.size());
+        const ucm_status_t status =
+            ucm_lookup_abandoned(get(), blocks.data(), blocks.size(), found.data());
+        if (status != UCM_STATUS_OK) return Error::last(status);
+        return found;
+    }
+
     Result<Task> save(const Batch &batch) const { return submit(ucm_save, batch); }
     Result<Task> load(const Batch &batch) const { return submit(ucm_load, batch); }
 

@@ -240,6 +240,61 @@ pub unsafe extern "C" fn ucm_prefetch(
     })
 }
 
+/// Tells all readers of the namespace that blocks which were promised to them will not come from here, so
+/// that nobody waits for them (ucm_lookup_abandoned). Blocks that are present stay present.
+///
+/// Does not block: the record is written in the background. Without storage it does nothing.
+///
+/// @param store handle
+/// @param blocks count ids; may be NULL when count is 0
+/// @param count 0 to UCM_COUNT_MAX
+/// @return UCM_STATUS_OK, or
+///         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+/// @since 0.1
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn ucm_abandon(
+    store: *mut ucm_store_t,
+    blocks: *const ucm_block_id_t,
+    count: usize,
+) -> ucm_status_t {
+    enter(|| {
+        let store = store_of(store)?;
+        // SAFETY: the caller vouches for the array.
+        store.abandon(unsafe { block_ids(blocks, count)? })
+    })
+}
+
+/// Tells which blocks a writer has abandoned: whoever waits for one need not wait any longer.
+///
+/// Blocks as ucm_lookup does.
+///
+/// @param store handle
+/// @param blocks count ids; may be NULL when count is 0
+/// @param count 0 to UCM_COUNT_MAX
+/// @param found receives count bytes: 1 where the block was abandoned, else 0; all 0 on failure
+/// @return UCM_STATUS_OK, or
+///         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+/// @since 0.1
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn ucm_lookup_abandoned(
+    store: *mut ucm_store_t,
+    blocks: *const ucm_block_id_t,
+    count: usize,
+    found: *mut u8,
+) -> ucm_status_t {
+    enter(|| {
+        let store = store_of(store)?;
+        // SAFETY: the caller vouches for both arrays; `found` is made of bytes, valid whatever they are.
+        let (blocks, found) = unsafe {
+            (block_ids(blocks, count)?, slice_mut("found", found, count, UCM_COUNT_MAX)?)
+        };
+        found.fill(0);
+        store.lookup_abandoned(blocks, found)
+    })
+}
+
 /// Which way a batch goes.
 #[derive(Clone, Copy)]
 enum Way {
