@@ -411,3 +411,20 @@ fn pkg_config_gives_the_flags() {
     }
     fs::remove_dir_all(&folder).unwrap();
 }
+
+// Goal: the program in README.md is what it claims to be: it compiles, saves in its first run and loads in its
+// second.
+#[test]
+fn the_program_in_the_readme_runs() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let program = readme.split("```cpp\n").nth(1).unwrap().split("```").next().unwrap();
+    let folder = fresh_folder();
+    let source = folder.join("readme.cpp");
+    fs::write(&source, program.replace("/mnt/kv", &folder.join("kv").display().to_string()))
+        .unwrap();
+    let program = CPP[0].compile(&source);
+    for _ in 0..2 {
+        tool(&mut Command::new(&program));
+    }
+    fs::remove_dir_all(&folder).unwrap();
+}

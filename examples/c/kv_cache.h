@@ -97,9 +97,8 @@ static inline arguments_t parse(int count, char **words) {
 /* Opens the store of one rank; with device_id -1 one that only looks up, as a scheduler has. */
 static inline ucm_store_t *open_store(const arguments_t *arguments, size_t rank, int device_id) {
     const model_t *model = &arguments->model;
-    const size_t capacity = 1024 + slices_of(model) * 12;
-    char *yaml = allocate(capacity, 1);
-    int used = snprintf(yaml, capacity,
+    char yaml[4096];
+    int used = snprintf(yaml, sizeof yaml,
                         "store_pipeline: Cache|Posix\n"
                         "storage_backends: [\"%s\"]\n"
                         "cache_buffer_capacity_gb: 0.5\n"
@@ -113,14 +112,13 @@ static inline ucm_store_t *open_store(const arguments_t *arguments, size_t rank,
                         "device_id: %d\n",
                         arguments->directory, model->name, BLOCK_TOKENS, model->part_count, rank,
                         part_bytes(model), device_id);
+    if (used > (int)sizeof yaml - 128) {
+        fprintf(stderr, "the directory's name is too long\n");
+        exit(EXIT_FAILURE);
+    }
     if (device_id >= 0) {
-        used += snprintf(yaml + used, capacity - (size_t)used, "shard_size: %zu\ntensor_size_list: [",
-                         part_bytes(model));
-        for (size_t slice = 0; slice < slices_of(model); ++slice) {
-            used += snprintf(yaml + used, capacity - (size_t)used, "%s%zu", slice ? "," : "",
-                             model->slice_bytes);
-        }
-        used += snprintf(yaml + used, capacity - (size_t)used, "]\n");
+        used += snprintf(yaml + used, sizeof yaml - (size_t)used, "shard_size: %zu\ntensor_size: %zu\n",
+                         part_bytes(model), model->slice_bytes);
     }
 
     ucm_options_t *options = NULL;
@@ -128,7 +126,6 @@ static inline ucm_store_t *open_store(const arguments_t *arguments, size_t rank,
     check(ucm_options_from_yaml(yaml, (size_t)used, &options), "options");
     check(ucm_store_open(options, &store), "open");
     ucm_options_free(options);
-    free(yaml);
     return store;
 }
 

@@ -103,10 +103,6 @@ struct Arguments {
 inline ucm::Options store_options(const Arguments &arguments, int rank, int device_id = 0) {
     const Model &model = arguments.model;
     const int parts_owned = model.part_count / arguments.tensor_parallel;
-    std::string sizes = "[";
-    for (int i = 0; i < parts_owned * model.slices_per_part(); ++i) {
-        sizes += (i ? "," : "") + std::to_string(model.slice_bytes);
-    }
     ucm::Options options = ucm::Options::make().value();
     options.set("storage_backends", "[" + arguments.directory + "]").value();
     options.set("store_pipeline", "Cache|Posix").value();
@@ -122,7 +118,7 @@ inline ucm::Options store_options(const Arguments &arguments, int rank, int devi
     options.set("device_id", device_id).value();
     if (device_id >= 0) {
         options.set("shard_size", parts_owned * model.part_bytes()).value();
-        options.set("tensor_size_list", sizes + "]").value();
+        options.set("tensor_size", model.slice_bytes).value(); // of every slice; else tensor_size_list
     }
     return options;
 }
@@ -145,7 +141,7 @@ public:
         if (base_ != nullptr) munmap(base_, bytes_);
     }
 
-    // Where the slices of a page lie, in the order of tensor_size_list: part by part, layer by layer.
+    // Where the slices of a page lie, in the order of the bytes of a shard: part by part, layer by layer.
     void append_addresses(std::size_t page, std::vector<void *> &addresses) const {
         for (int part = 0; part < parts_; ++part)
             for (int slice = 0; slice < model_.slices_per_part(); ++slice)
