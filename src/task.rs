@@ -110,8 +110,6 @@ struct State {
     error: Option<Error>,
     markers: Vec<Marker>,
     waiters: usize,
-    told_copied: bool,
-    told_last: bool,
     retired: bool,
     copied_after: Option<Duration>,
     settled_after: Option<Duration>,
@@ -154,8 +152,6 @@ impl Task {
                 error: None,
                 markers: Vec::new(),
                 waiters: 0,
-                told_copied: false,
-                told_last: false,
                 retired: false,
                 copied_after: None,
                 settled_after: None,
@@ -454,39 +450,33 @@ impl Task {
         }
     }
 
-    /// Tells waiters, the completion queue and the store, each once, what the change under `state` meant.
+    /// Tells the completion queue, waiters and the store, each once, what the change under `state` meant. In
+    /// this order, so that whoever has waited for a stage can reap it.
     fn after_change(&self, mut state: parking_lot::MutexGuard<'_, State>) {
-        self.wake(&state);
         let save = self.plan.kind == Kind::Save;
         if state.uncopied == 0 && state.copied_after.is_none() {
             state.copied_after = Some(self.started.elapsed());
+            if save && self.plan.notify.copied {
+                self.notify(Stage::Copied, state.copy_error.clone().map_or(Ok(()), Err));
+            }
         }
         if state.unsettled == 0 && state.settled_after.is_none() {
             state.settled_after = Some(self.started.elapsed());
+            if self.plan.notify.last {
+                let last = if save { Stage::Persisted } else { Stage::Loaded };
+                self.notify(last, state.error.clone().map_or(Ok(()), Err));
+            }
         }
-        let tell_copied = save
-            && self.plan.notify.copied
-            && state.uncopied == 0
-            && !std::mem::replace(&mut state.told_copied, true);
-        let tell_last = self.plan.notify.last
-            && state.unsettled == 0
-            && !std::mem::replace(&mut state.told_last, true);
+        self.wake(&state);
         let over = state.unsettled == 0 && state.held == 0;
         let retire = over && !std::mem::replace(&mut state.retired, true);
-        let copied = tell_copied.then(|| state.copy_error.clone().map_or(Ok(()), Err));
-        let last = tell_last.then(|| state.error.clone().map_or(Ok(()), Err));
         drop(state);
-        if let Some(result) = copied {
-            self.notify(Stage::Copied, result);
-        }
-        if let Some(result) = last {
-            self.notify(if save { Stage::Persisted } else { Stage::Loaded }, result);
-        }
         if retire {
             (self.retire)(self.number);
         }
     }
 
+    /// Called with the task's state locked; the queue's own lock is taken after it, never the other way round.
     fn notify(&self, stage: Stage, result: Result<()>) {
         if !self.freed.load(Ordering::Acquire) {
             let (tag, user_data) = (self.plan.tag, self.plan.user_data);
