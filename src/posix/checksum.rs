@@ -100,7 +100,7 @@ const PART_UNIT: u32 = u32::MAX;
 /// Bytes that one checksum of the trailer covers: a shard, or as many as it takes for all to fit in a page.
 /// A shard size that is no page multiple (never layer-wise) makes the part one unit.
 pub fn unit_bytes(part_bytes: u64, shard_bytes: u64) -> u64 {
-    if shard_bytes == 0 || shard_bytes >= part_bytes || shard_bytes % PAGE as u64 != 0 {
+    if shard_bytes == 0 || shard_bytes >= part_bytes || !shard_bytes.is_multiple_of(PAGE as u64) {
         return part_bytes;
     }
     let shards = part_bytes.div_ceil(shard_bytes);
@@ -210,7 +210,7 @@ mod tests {
         for shards in [1, 2, 61, 496, 497, 5000] {
             let part = shards * 4096;
             let unit = unit_bytes(part, 4096);
-            assert!(part.div_ceil(unit) <= TRAILER_SHARDS_MAX as u64 && unit % 4096 == 0);
+            assert!(part.div_ceil(unit) <= TRAILER_SHARDS_MAX as u64 && unit.is_multiple_of(4096));
         }
         assert_eq!(unit_bytes(1000, 100), 1000);
         assert_eq!(unit_bytes(4096 * 61, 4096), 4096);

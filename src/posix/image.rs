@@ -1,4 +1,4 @@
-//! A whole manifest written at once, from records that are known: for rebuilding and for compaction.
+//! A whole manifest written at once, from records that are known: what a rebuild leaves.
 //!
 //! Written under a name that is no manifest's and renamed into place, so that nobody reads half of it.
 
@@ -20,18 +20,6 @@ use crate::posix::pages::Pages;
 /// Pages that are written at once: 1 MiB.
 const CHUNK_PAGES: usize = 256;
 
-/// What was written, and where its writer goes on.
-pub struct Image {
-    /// The file, open for writing.
-    pub file: File,
-    /// The records of the partial tail.
-    pub tail: Vec<Record>,
-    /// The page that they will fill.
-    pub page: u32,
-    /// Count of the head page.
-    pub commit: u64,
-}
-
 /// Writes the manifest `name` with `records` into `folder`; `EEXIST` where it is there already. Blocks.
 pub fn write(
     files: &dyn Files,
@@ -40,30 +28,22 @@ pub fn write(
     header: &ManifestHeader,
     records: &[Record],
     direct: bool,
-) -> Result<Image> {
+) -> Result<()> {
     let temporary = folder.join(format!(".new-{name}"));
     // One that a crash has left; two processes that rebuild at once are the operator's mistake.
     let _ = files.unlink(&temporary);
     let how = OpenHow { access: Access::ReadWrite, create: Create::New, direct };
     let file = files.open(&temporary, how)?;
     let written = fill(files, &file, header, records)
-        .and_then(|image| files.sync_data(&file).map(|()| image))
-        .and_then(|image| files.rename(&temporary, &folder.join(name.to_string())).map(|()| image));
-    match written {
-        Ok((tail, page, commit)) => Ok(Image { file, tail, page, commit }),
-        Err(error) => {
-            let _ = files.unlink(&temporary);
-            Err(error.at(&temporary))
-        }
-    }
+        .and_then(|()| files.sync_data(&file))
+        .and_then(|()| files.rename(&temporary, &folder.join(name.to_string())));
+    written.map_err(|error| {
+        let _ = files.unlink(&temporary);
+        error.at(&temporary)
+    })
 }
 
-fn fill(
-    files: &dyn Files,
-    file: &File,
-    header: &ManifestHeader,
-    records: &[Record],
-) -> Result<(Vec<Record>, u32, u64)> {
+fn fill(files: &dyn Files, file: &File, header: &ManifestHeader, records: &[Record]) -> Result<()> {
     let seal = record_seal(header.writer, header.epoch);
     let numbered: Vec<Record> =
         (0..).zip(records).map(|(sequence, record)| Record { sequence, ..*record }).collect();
@@ -94,6 +74,5 @@ fn fill(
     }
     head.encode(head_page);
     header.encode(&mut pages.bytes_mut()[..PAGE]);
-    pages.write_to(files, file, 0, 0, RECORD_PAGE_FIRST as usize)?;
-    Ok((tail.to_vec(), page, head.commit))
+    pages.write_to(files, file, 0, 0, RECORD_PAGE_FIRST as usize)
 }

@@ -243,11 +243,8 @@ impl Manifest {
     /// Lays the records out: the tail and the new ones fill pages, the rest goes into the next head page.
     fn build(self: &Arc<Self>, state: &State, items: Vec<Item>) -> Commit {
         let mut tail = state.tail.clone();
-        let mut sequence = sequence_of(state.page, tail.len());
-        for item in &items {
-            tail.push(Record { sequence, ..item.record });
-            sequence += 1;
-        }
+        let first = sequence_of(state.page, tail.len());
+        tail.extend((first..).zip(&items).map(|(sequence, i)| Record { sequence, ..i.record }));
         let full_pages = tail.len() / RECORDS_PER_PAGE;
         let full = (full_pages > 0).then(|| {
             let mut pages = Pages::new(full_pages);

@@ -43,6 +43,9 @@ pub struct Writer {
     segments: Mutex<Vec<Arc<OwnSegment>>>,
 }
 
+/// A segment that has no room any more, and its writer.
+type Filled = (Arc<Writer>, Arc<OwnSegment>);
+
 struct Waiter {
     key: PartKey,
     expires: Option<Instant>,
@@ -270,7 +273,7 @@ impl Saver {
         self: &Arc<Self>,
         state: &mut State,
         key: &PartKey,
-    ) -> (Option<Extent>, Option<(Arc<Writer>, Arc<OwnSegment>)>) {
+    ) -> (Option<Extent>, Option<Filled>) {
         let Some(writer) = state.writer.clone() else { return (None, None) };
         let mut filled = None;
         loop {
@@ -301,7 +304,7 @@ impl Saver {
         begin
     }
 
-    fn close_filled(&self, filled: Option<(Arc<Writer>, Arc<OwnSegment>)>) {
+    fn close_filled(&self, filled: Option<Filled>) {
         if let Some((writer, segment)) = filled {
             let closing = segment.close();
             self.seal(&writer, &segment, closing);
