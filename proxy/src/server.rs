@@ -181,8 +181,9 @@ async fn connection(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
         None => serve(stream, peer, shared).await,
         Some(tls) => {
             // A client that does not finish its handshake has nobody to be told about it.
-            if let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_MAX, tls.accept(stream)).await {
-                serve(stream, peer, shared).await;
+            let handshake = Box::pin(tokio::time::timeout(HANDSHAKE_MAX, tls.accept(stream)));
+            if let Ok(Ok(stream)) = handshake.await {
+                Box::pin(serve(stream, peer, shared)).await;
             }
         }
     }
@@ -192,7 +193,9 @@ async fn serve<S>(stream: S, peer: SocketAddr, shared: &Shared)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let service = service_fn(|request| service::answer(shared.app.clone(), request, peer));
+    // Boxed, so that an idle connection does not hold the room of a request.
+    let service =
+        service_fn(|request| Box::pin(service::answer(shared.app.clone(), request, peer)));
     let settings = &shared.app.settings;
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
