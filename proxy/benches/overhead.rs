@@ -51,6 +51,8 @@ fn main() {
 struct Way {
     name: &'static str,
     address: SocketAddr,
+    /// Requests at the server for each of the client: what nginx would need two requests for.
+    legs: f64,
     p50: Vec<f64>,
     p99: Vec<f64>,
     rate: Vec<f64>,
@@ -60,8 +62,12 @@ struct Way {
 struct Running(Child);
 
 impl Drop for Running {
+    /// By signal, not by force: nginx's workers outlive a master that is killed.
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        let ended = Command::new("kill").arg(self.0.id().to_string()).status();
+        if !ended.is_ok_and(|status| status.success()) {
+            let _ = self.0.kill();
+        }
         let _ = self.0.wait();
     }
 }
@@ -71,14 +77,14 @@ async fn run(effort: &Effort) {
     let server = serve().await;
     let port = server.port().to_string();
     let local = "127.0.0.1";
-    let mut ways = vec![Way::new("server itself", server, None)];
+    let mut ways = vec![Way::new("server itself", server, 1.0, None)];
     match nginx(directory.path(), server).await {
-        Some((address, child)) => ways.push(Way::new("nginx", address, Some(child))),
+        Some((address, child)) => ways.push(Way::new("nginx", address, 1.0, Some(child))),
         None => eprintln!("no nginx (set NGINX or install it): no ratios against it"),
     }
     let mixed = ["--worker-hosts", local, "--worker-ports", &port];
     let (address, child) = proxy(&mixed);
-    ways.push(Way::new("ucm-proxy, one leg", address, Some(child)));
+    ways.push(Way::new("ucm-proxy, one leg", address, 1.0, Some(child)));
     let apart = [
         "--prefiller-host",
         local,
@@ -90,7 +96,7 @@ async fn run(effort: &Effort) {
         &port,
     ];
     let (address, child) = proxy(&apart);
-    ways.push(Way::new("ucm-proxy, prefill and decode", address, Some(child)));
+    ways.push(Way::new("ucm-proxy, prefill and decode", address, 2.0, Some(child)));
     for _ in 0..effort.rounds {
         for way in &mut ways {
             way.measure(effort).await;
@@ -100,8 +106,8 @@ async fn run(effort: &Effort) {
 }
 
 impl Way {
-    fn new(name: &'static str, address: SocketAddr, child: Option<Running>) -> Self {
-        Self { name, address, p50: vec![], p99: vec![], rate: vec![], _child: child }
+    fn new(name: &'static str, address: SocketAddr, legs: f64, child: Option<Running>) -> Self {
+        Self { name, address, legs, p50: vec![], p99: vec![], rate: vec![], _child: child }
     }
 
     async fn measure(&mut self, effort: &Effort) {
@@ -144,8 +150,8 @@ fn report(ways: &[Way]) {
     let direct = &ways[0];
     let nginx = ways.iter().find(|way| way.name == "nginx");
     println!(
-        "{:<30} {:>9} {:>9} {:>10} {:>10} {:>9} {:>9}",
-        "way", "p50 ms", "p99 ms", "added p50", "added p99", "req/s", "of nginx"
+        "{:<30} {:>9} {:>9} {:>10} {:>10} {:>9} {:>9} {:>9}",
+        "way", "p50 ms", "p99 ms", "added p50", "added p99", "req/s", "of nginx", "per leg"
     );
     for way in ways {
         let added = |of: fn(&Way) -> &Vec<f64>| {
@@ -158,14 +164,15 @@ fn report(ways: &[Way]) {
             median(&ratios.collect::<Vec<_>>())
         });
         println!(
-            "{:<30} {:>9.3} {:>9.3} {:>10.3} {:>10.3} {:>9.0} {:>9.2}",
+            "{:<30} {:>9.3} {:>9.3} {:>10.3} {:>10.3} {:>9.0} {:>9.2} {:>9.2}",
             way.name,
             median(&way.p50),
             median(&way.p99),
             added(|way| &way.p50),
             added(|way| &way.p99),
             median(&way.rate),
-            ratio
+            ratio,
+            ratio * way.legs
         );
     }
     println!(
@@ -268,6 +275,7 @@ async fn nginx(directory: &Path, server: SocketAddr) -> Option<(SocketAddr, Runn
     std::fs::write(&file, config).ok()?;
     let child = Command::new(program)
         .args(["-p".as_ref(), directory.as_os_str(), "-c".as_ref(), file.as_os_str()])
+        .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();
     let child = Running(child.ok()?);

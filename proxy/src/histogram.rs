@@ -27,6 +27,11 @@ impl Histogram {
         self.sum_micros.fetch_add(duration.as_micros() as u64, Relaxed);
     }
 
+    /// Whether anything was observed.
+    pub fn has_any(&self) -> bool {
+        self.buckets.iter().any(|bucket| bucket.load(Relaxed) > 0)
+    }
+
     /// Writes the samples of the histogram `name`; `labels` is empty or like `role="decode"`.
     pub fn write(&self, out: &mut String, name: &str, labels: &str) {
         let comma = if labels.is_empty() { "" } else { "," };

@@ -81,6 +81,12 @@ pub struct Counters {
     pub ejections: AtomicU64,
     /// From sending to the whole answer (prefill) or the end of the stream.
     pub seconds: Histogram,
+    /// From a request's arrival to the first byte of this server's answer.
+    pub ttft: Histogram,
+    /// Between two events of its streams.
+    pub tpot: Histogram,
+    /// From prefill's answer to this server's first byte.
+    pub handoff_wait: Histogram,
 }
 
 /// A server behind the proxy.

@@ -203,6 +203,21 @@ const INSTANCE_SAMPLES: [(&str, &str, &str, Sample); 6] = [
     }),
 ];
 
+type PickHistogram = fn(&Instance) -> &Histogram;
+
+const INSTANCE_HISTOGRAMS: [(&str, &str, PickHistogram); 4] = [
+    ("seconds", "Sending to one server until the end of its answer: prefill, decode.", |i| {
+        &i.counters.seconds
+    }),
+    ("time_to_first_token_seconds", "Arrival to the first byte of its answer.", |i| {
+        &i.counters.ttft
+    }),
+    ("time_per_output_token_seconds", "Between two events of its streams, mean.", |i| {
+        &i.counters.tpot
+    }),
+    ("handoff_wait_seconds", "Prefill's answer to its first byte.", |i| &i.counters.handoff_wait),
+];
+
 fn write_pools(out: &mut String, pools: &[&Arc<Pool>]) {
     let members: Vec<_> = pools.iter().flat_map(|pool| pool.members()).collect();
     let labels =
@@ -214,10 +229,14 @@ fn write_pools(out: &mut String, pools: &[&Arc<Pool>]) {
             let _ = writeln!(out, "{name}{{{}}} {}", labels(instance), sample(instance));
         }
     }
-    let name = "ucm_proxy_instance_seconds";
-    heading(out, name, "histogram", "Sending to one server until the end of its answer.");
-    for instance in &members {
-        instance.counters.seconds.write(out, name, &labels(instance));
+    for (name, help, histogram) in INSTANCE_HISTOGRAMS {
+        let name = format!("ucm_proxy_instance_{name}");
+        heading(out, &name, "histogram", help);
+        for instance in &members {
+            if histogram(instance).has_any() {
+                histogram(instance).write(out, &name, &labels(instance));
+            }
+        }
     }
     heading(out, "ucm_proxy_queue_waiting", "gauge", "Requests that wait for a server.");
     for pool in pools {

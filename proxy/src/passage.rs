@@ -109,7 +109,7 @@ pub async fn ask(app: &Arc<App>, asked: Asked, mut record: Record) -> Response<R
                 break;
             }
         };
-        record.sent_to(&lease.instance.name, attempt > 0);
+        record.sent_to(&lease.instance, attempt > 0);
         app.metrics.decode_retries.fetch_add(u64::from(attempt > 0), Relaxed);
         hint.excluded.push(lease.instance.id);
         match attempted(app, &asked, &lease, &record).await {
@@ -323,7 +323,7 @@ async fn pass_stream(
         Ok(lease) => lease,
         Err(refusal) => return refuse(record, &id, overloaded(refusal)),
     };
-    record.sent_to(&lease.instance.name, false);
+    record.sent_to(&lease.instance, false);
     let settings = &app.settings;
     let deadlines =
         Deadlines { connect: settings.connect_timeout, head: settings.first_byte_timeout };

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::app::App;
 use crate::clock;
 use crate::endpoint::Route;
+use crate::instance::Instance as Server;
 use crate::metrics::Outcome;
 
 /// The status that is logged when a client left before there was one, as nginx does.
@@ -25,6 +26,7 @@ pub struct Record {
     first_byte: Option<Instant>,
     prefilled: Option<Instant>,
     decode_sent: Option<Instant>,
+    server: Option<Arc<Server>>,
     outcome: Option<Outcome>,
     line: Line,
     /// Prompt tokens that prefill counted.
@@ -79,6 +81,7 @@ impl Record {
             first_byte: None,
             prefilled: None,
             decode_sent: None,
+            server: None,
             outcome: None,
             line,
             prefill_prompt_tokens: None,
@@ -115,9 +118,9 @@ impl Record {
     }
 
     /// The request goes to this server, again if `retry`.
-    pub fn sent_to(&mut self, server: &str, retry: bool) {
+    pub fn sent_to(&mut self, server: &Arc<Server>, retry: bool) {
         self.decode_sent = Some(Instant::now());
-        server.clone_into(&mut self.line.server);
+        self.server = Some(server.clone());
         self.line.retries += u32::from(retry);
     }
 
@@ -132,8 +135,15 @@ impl Record {
         self.first_byte = Some(now);
         self.line.first_byte_ms = Some(millis(now - self.arrived));
         self.app.metrics.ttft.observe(now - self.arrived);
+        let counters = self.server.as_ref().map(|server| &server.counters);
+        if let Some(counters) = counters {
+            counters.ttft.observe(now - self.arrived);
+        }
         if let Some(prefilled) = self.prefilled {
             self.app.metrics.handoff_wait.observe(now - prefilled);
+            if let Some(counters) = counters {
+                counters.handoff_wait.observe(now - prefilled);
+            }
         }
     }
 
@@ -174,10 +184,17 @@ impl Drop for Record {
             metrics.decode.observe(now - sent);
         }
         if let (Some(first), 2..) = (self.first_byte, self.line.events) {
-            metrics.tpot.observe((now - first).div_f64((self.line.events - 1) as f64));
+            let between = (now - first).div_f64((self.line.events - 1) as f64);
+            metrics.tpot.observe(between);
+            if let Some(server) = &self.server {
+                server.counters.tpot.observe(between);
+            }
         }
         if self.app.access_log.is_on() {
             self.line.outcome = outcome.label();
+            if let Some(server) = &self.server {
+                server.name.clone_into(&mut self.line.server);
+            }
             self.line.duration_ms = millis(now - self.arrived);
             let line = serde_json::to_string(&self.line).unwrap_or_default();
             if !self.app.access_log.line(line) {

@@ -382,5 +382,17 @@ fn the_access_log_tells_a_requests_story() {
         assert!(line["first_byte_ms"].as_f64() <= line["duration_ms"].as_f64());
         let metrics = client::get(proxy.port, "/metrics").await.text();
         assert!(metrics.contains("ucm_proxy_time_to_first_token_seconds_count 1"), "{metrics}");
+        let of = |role: &str, server: &Server| {
+            format!("_count{{role=\"{role}\",instance=\"{}\"}} 1", server.address)
+        };
+        for (name, of) in [
+            ("seconds", of("prefill", &prefill)),
+            ("seconds", of("decode", &decode)),
+            ("time_to_first_token_seconds", of("decode", &decode)),
+            ("time_per_output_token_seconds", of("decode", &decode)),
+            ("handoff_wait_seconds", of("decode", &decode)),
+        ] {
+            assert!(metrics.contains(&format!("ucm_proxy_instance_{name}{of}")), "{name}");
+        }
     });
 }
