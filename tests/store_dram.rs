@@ -256,7 +256,7 @@ fn completions_come_through_the_descriptor() {
     (noted.notify, noted.user_data, noted.tag) = (Notify { last: true, copied: true }, 42, 7);
     // SAFETY: the memory outlives the wait.
     let task = unsafe { store.save(&noted) }.unwrap();
-    done(&task, Stage::Released);
+    done(&task, Stage::Persisted);
     let mut poll =
         libc::pollfd { fd: store.completion_fd().unwrap(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one valid pollfd.
