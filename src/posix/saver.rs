@@ -28,6 +28,8 @@ use crate::posix::segment::{Closing, OwnSegment, Room};
 
 /// Saves that may wait for a segment to be made.
 const WAITERS_MAX: usize = 4096;
+/// Records kept for a writer that may never come.
+const EARLY_MAX: usize = 4096;
 /// A home that failed is tried again after this time.
 const RETRY: Duration = Duration::from_secs(3);
 /// A full one sooner: space comes back when something is reclaimed.
@@ -62,6 +64,8 @@ struct State {
     failed: Option<(Instant, Error)>,
     closed: bool,
     beating: bool,
+    /// Records for the manifest of a writer that is not there yet.
+    early: Vec<Record>,
 }
 
 /// Saves into one home.
@@ -208,6 +212,19 @@ impl Saver {
         (Instant::now() < *until).then(|| error.clone())
     }
 
+    /// Appends a record for which nobody waits: now, or before the first record of the writer to come.
+    pub fn record(&self, record: Record) {
+        let mut state = self.state.lock();
+        match state.writer.clone() {
+            Some(writer) => {
+                drop(state);
+                append(&writer, record);
+            }
+            None if state.early.len() < EARLY_MAX => state.early.push(record),
+            None => {}
+        }
+    }
+
     /// Takes room for a part: at once where there is some, else when a segment was made.
     pub fn reserve(
         self: &Arc<Self>,
@@ -320,8 +337,7 @@ impl Saver {
                 page: pages,
                 ..Record::of(Kind::Seal, wall_ms())
             };
-            let item = Item { record, data: None, reply: Reply::new(|_| ()) };
-            writer.manifest.push(item, Urgency::MayGather);
+            append(writer, record);
         }
     }
 
@@ -384,10 +400,13 @@ impl Saver {
         let mut answers: Vec<(Reply<Extent>, Result<Extent>)> = Vec::new();
         let mut filled = Vec::new();
         let mut beat = false;
+        let mut early = None;
         match made {
             Ok((writer, segment)) => {
                 state.failed = None;
                 beat = !std::mem::replace(&mut state.beating, true);
+                let records = std::mem::take(&mut state.early);
+                early = Some((Arc::clone(&writer), records));
                 state.writer = Some(writer);
                 if state.current.as_ref().is_none_or(|current| current.room() == Room::None) {
                     if let (Some(old), Some(writer)) =
@@ -427,6 +446,9 @@ impl Saver {
         let must = !state.waiters.is_empty();
         let again = must && self.should_prepare(&mut state, must);
         drop(state);
+        if let Some((writer, records)) = early {
+            records.into_iter().for_each(|record| append(&writer, record));
+        }
         answers.into_iter().for_each(|(reply, answer)| reply.send(answer));
         filled.into_iter().for_each(|filled| self.close_filled(Some(filled)));
         if again {
@@ -547,6 +569,12 @@ impl Saver {
         });
         writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
     }
+}
+
+/// Appends a record for which nobody waits.
+fn append(writer: &Writer, record: Record) {
+    let item = Item { record, data: None, reply: Reply::new(|_| ()) };
+    writer.manifest.push(item, Urgency::MayGather);
 }
 
 fn expired() -> Error {

@@ -349,19 +349,16 @@ impl Tier {
     }
 
     fn record_drop(&self, saver: &Saver, key: &PartKey, found: &Found, segment: &SegmentRef) {
-        if let Some(writer) = saver.writer() {
-            let record = Record {
-                part: key.part,
-                block: key.block,
-                segment: segment.name.number,
-                generation: segment.name.generation,
-                page: found.location.page,
-                checksum: segment.name.writer,
-                ..Record::of(Kind::Drop, wall_ms())
-            };
-            let item = Item { record, data: None, reply: Reply::new(|_| ()) };
-            writer.manifest.push(item, Urgency::Now);
-        }
+        let record = Record {
+            part: key.part,
+            block: key.block,
+            segment: segment.name.number,
+            generation: segment.name.generation,
+            page: found.location.page,
+            checksum: segment.name.writer,
+            ..Record::of(Kind::Drop, wall_ms())
+        };
+        saver.record(record);
     }
 
     /// Takes room for a part: `done` is called at once where a segment has room, else when one was made.
