@@ -70,6 +70,11 @@ class Result:
     params: Any = None
 
 
+class NoConverters:
+    def close(self) -> None:
+        pass
+
+
 class Simulation:
     def __init__(
         self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False
@@ -97,7 +102,7 @@ class Simulation:
         )
         self.connector._worker = worker.WorkerSide(
             self.connector._config, Rank(0, 0, 1, True), layout, Batches(layout, layerwise=False),
-            StandinStore(world, layout.slice_lengths), ComputeStream("cpu"), BLOCK,
+            StandinStore(world, layout.slice_lengths), ComputeStream("cpu"), BLOCK, NoConverters(),
         )  # fmt: skip
         self.running: dict[str, Running] = {}
         self.pending: deque[tuple[Any, Any]] = deque()

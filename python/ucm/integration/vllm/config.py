@@ -56,6 +56,8 @@ class ConnectorConfig:
     """Bound of every wait for saves: preemption, blocking handoff, shutdown."""
     instance: str = ""
     """Not a key: vLLM's engine id, the same in all processes of a server."""
+    backends: tuple[str, ...] = ()
+    """The engine's directories; empty where nothing is kept in files."""
     model_id: str = ""
     """A key of the engine. Replaces the fingerprint of config and weights: equal ids, equal models."""
     namespace_extra: str = ""
@@ -72,7 +74,7 @@ ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms")
 """Keys of the engine's mapping that the connector has to know too."""
 
 _TOP_KEYS: Final = tuple(
-    f.name for f in fields(ConnectorConfig) if f.name not in ("text", "instance", *ENGINE_KEYS)
+    f.name for f in fields(ConnectorConfig) if f.name not in ("text", "instance", "backends", *ENGINE_KEYS)
 )
 
 
@@ -120,7 +122,11 @@ def parse(data: Mapping[str, Any], text: str) -> ConnectorConfig:
         for name in names
         if source.get(name) is not None
     }
-    return ConnectorConfig(text=text, **values)
+    listed = engine.get("storage_backends") or ()
+    backends = listed.split(":") if isinstance(listed, str) else [str(one) for one in listed]
+    if "Posix" not in str(engine.get("store_pipeline", "Posix")):
+        backends = []
+    return ConnectorConfig(text=text, backends=tuple(filter(None, backends)), **values)
 
 
 def load(extra_config: Mapping[str, Any]) -> ConnectorConfig:

@@ -143,7 +143,7 @@ def _interleaved(page: PageShape, key: Strides, value: Strides, loops: str) -> l
         outer, inner = rows.dimensions[:2], rows.dimensions[2:]
         return [Shape(rows.offset, rows.run, (*outer, (2, distance), *inner))]
     counts = {"t": page.tokens, "h": page.heads}
-    first, second = loops
+    first, second = loops[0], loops[1]
     out: list[Shape] = []
     for i in range(counts[first]):
         for j in range(counts[second]):

@@ -56,6 +56,8 @@ class Layout:
 
     layers: tuple[Layer, ...]
     block_count: int
+    kernel_blocks: int = 1
+    """Blocks of the attention kernel that make one of vLLM's."""
 
     @property
     def part_bytes(self) -> int:
@@ -182,7 +184,7 @@ def build(
             raise GeometryError(f"{name}: registered, but in no KV cache group")
         seen[slices] = name
         layers.append(Layer(name, slices))
-    layout = Layout(tuple(layers), block_count)
+    layout = Layout(tuple(layers), block_count, _kernel_blocks(kv_caches, block_count))
     if layout.part_bytes != expected_bytes:
         raise GeometryError(
             f"the registered tensors hold {layout.part_bytes} bytes a block, vLLM's KV cache "
@@ -191,6 +193,17 @@ def build(
         )
     _refuse_overlap(layout)
     return layout
+
+
+def _kernel_blocks(kv_caches: Mapping[str, Any], block_count: int) -> int:
+    counts = {
+        _block_dimension(name, tensor, block_count)[1]
+        for name, entry in kv_caches.items()
+        for tensor in (entry if isinstance(entry, (tuple, list)) else [entry])
+    }
+    if len(counts) > 1:
+        raise GeometryError(f"layers split blocks into {sorted(counts)} kernel blocks; one number is needed")
+    return counts.pop()
 
 
 def _refuse_overlap(layout: Layout) -> None:
@@ -208,6 +221,8 @@ class GroupShape:
     block_tokens: int
     part_bytes: int
     block_count: int
+    page: tuple[int, int, int] | None
+    """KV heads, head size and bytes of an element of this rank, where all layers have the same."""
 
 
 REFUSED_SPECS: Final = (
@@ -237,4 +252,13 @@ def group_shape(kv_cache_config: Any) -> GroupShape:
             raise GeometryError(f"{name}: KV memory of kind {kind} is not supported")
         real = int(getattr(one, "real_page_size_bytes", one.page_size_bytes))
         total += real
-    return GroupShape(names, int(spec.block_size), total, int(kv_cache_config.num_blocks))
+    pages = {_page_of(layer_specs[name]) for name in names}
+    page = pages.pop() if len(pages) == 1 else None
+    return GroupShape(names, int(spec.block_size), total, int(kv_cache_config.num_blocks), page)
+
+
+def _page_of(spec: Any) -> tuple[int, int, int] | None:
+    try:
+        return int(spec.num_kv_heads), int(spec.head_size), int(spec.dtype.itemsize)
+    except AttributeError:
+        return None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ucm.integration.vllm.convert import readable
 from ucm.integration.vllm.namespace import Namespace, differences
 
 KEY: Final = "ucm"
@@ -87,11 +88,14 @@ class Wait:
     def compare(self, mine: Namespace, ids: Any) -> list[str]:
         """Finds the promise for these ids; gives in what it differs, if none can be waited for.
 
-        A promise for another prompt of the same request is no difference.
+        Neither a promise for another prompt of the same request is a difference, nor a byte order
+        that can be converted.
         """
         self.blocks = 0
         for promise in self.promises:
             fields = differences(mine.describe(), promise.namespace)
+            if promise.namespace.get("order", "") in readable(mine.order):
+                fields = [field for field in fields if field != "order"]
             if fields:
                 return fields
             last = promise.blocks - 1

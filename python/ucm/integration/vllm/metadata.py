@@ -24,6 +24,8 @@ class Transfer:
     """16 bytes per block, joined."""
     slots: list[int]
     """vLLM's block number for each."""
+    sources: bytes = b""
+    """For each block of a load the byte order to read, see ``siblings.py``; empty: this server's own."""
 
 
 @dataclass

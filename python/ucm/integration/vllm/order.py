@@ -42,6 +42,8 @@ class Platform:
     """Element type of the KV memory."""
     layout: str
     """``NHD`` or ``HND`` where vLLM lets it be chosen; else empty."""
+    kernel_tokens: int = 0
+    """Tokens of the kernel's blocks where they are smaller than vLLM's; else 0."""
 
 
 PACKED_SINCE: Final = (0, 26)
@@ -53,8 +55,20 @@ CUDA_BACKENDS: Final = frozenset({"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"})
 ASCEND_BACKENDS: Final = frozenset({"ASCEND", "ASCEND_ATTN"})
 
 
+TOKEN_MAJOR: Final = frozenset({NHD_SPLIT, NHD_PACKED})
+"""Orders in which a page of smaller kernel blocks has the same bytes as a page of one."""
+
+
 def order_name(platform: Platform) -> str:
     """The name of the byte order; equal names mean equal bytes."""
+    name = _shared_name(platform) or private_name(platform)
+    if platform.kernel_tokens and name not in TOKEN_MAJOR:
+        name += f"-k{platform.kernel_tokens}"
+    return name
+
+
+def _shared_name(platform: Platform) -> str | None:
+    """The name in the table."""
     if platform.family == "gqa" and platform.kv_dtype in PLAIN_DTYPES:
         packed = platform.vllm >= PACKED_SINCE
         if platform.device == "cpu" and platform.isa in VECTOR_ISAS:
@@ -66,14 +80,18 @@ def order_name(platform: Platform) -> str:
                 return HND_SPLIT if platform.layout == "HND" else NHD_SPLIT
         if platform.device == "npu" and platform.backend in ASCEND_BACKENDS:
             return NHD_SPLIT
-    return private_name(platform)
+    return None
+
+
+PRIVATE: Final = "private-"
+"""How private names begin."""
 
 
 def private_name(platform: Platform) -> str:
     """A name that only an equal platform has."""
     major, minor = platform.vllm
     words = [
-        "private", platform.device, platform.backend, f"{major}.{minor}", platform.isa,
+        platform.device, platform.backend, f"{major}.{minor}", platform.isa,
         platform.family, platform.kv_dtype, platform.layout,
     ]  # fmt: skip
-    return "-".join(word.lower().replace(" ", "_") for word in words if word)
+    return PRIVATE + "-".join(word.lower().replace(" ", "_") for word in words if word)

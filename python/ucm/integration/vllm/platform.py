@@ -148,6 +148,18 @@ def _backend_name(vllm_config: Any, device: str) -> str:
     return str(name).upper()
 
 
+KERNEL_TOKENS: Final = {"FLASHINFER": (64, 32, 16)}
+"""Block sizes of kernels that vLLM splits larger blocks for, preferred first."""
+
+
+def _kernel_tokens(backend: str, block_tokens: int) -> int:
+    """Tokens of the kernel's blocks where vLLM splits its own; 0 where it does not."""
+    sizes = KERNEL_TOKENS.get(backend)
+    if sizes is None or block_tokens in sizes:
+        return 0
+    return next((size for size in sizes if block_tokens % size == 0), 0)
+
+
 def find_platform(vllm_config: Any, block_tokens: int) -> Platform:
     """What the byte order depends on, here."""
     from vllm.platforms import current_platform
@@ -160,9 +172,11 @@ def find_platform(vllm_config: Any, block_tokens: int) -> Platform:
         from vllm.v1.attention.backends.utils import get_kv_cache_layout
 
         layout = str(get_kv_cache_layout())
+    backend = _backend_name(vllm_config, device)
     return Platform(
         device=device,
-        backend=_backend_name(vllm_config, device),
+        backend=backend,
+        kernel_tokens=_kernel_tokens(backend, block_tokens),
         vllm=vllm_version(),
         isa=cpu_isa(vllm_config, block_tokens) if device == "cpu" else "",
         family="mla" if is_mla(vllm_config) else "gqa",

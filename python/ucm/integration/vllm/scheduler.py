@@ -16,6 +16,7 @@ from ucm.integration.vllm.config import ConnectorConfig, Handoff
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.metadata import StepMetadata, Transfer
 from ucm.integration.vllm.namespace import Namespace
+from ucm.integration.vllm.siblings import Siblings
 from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
 
 NULL_BLOCK: Final = 0
@@ -32,7 +33,7 @@ class RequestState:
 
     __slots__ = (
         "cap", "chain", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
-        "save_step", "saved", "table", "told", "wait",
+        "save_step", "saved", "sources", "table", "told", "wait",
     )  # fmt: skip
 
     def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
@@ -47,6 +48,8 @@ class RequestState:
         """The last step that saves from this request's memory; 0: none does."""
         self.lookup_key: tuple[int, int] = (-1, -1)
         self.lookup_at = 0.0
+        self.sources = b""
+        """Which byte order each of them is in; empty: all in this server's."""
         self.hits = 0
         """Blocks that can be loaded, after the ones that vLLM has itself."""
         self.cap: int | None = None
@@ -67,6 +70,7 @@ class SchedulerSide:
         store: Any,
         block_tokens: int,
         *,
+        siblings: Siblings,
         loads: bool,
         saves: bool,
         writer: str,
@@ -74,6 +78,7 @@ class SchedulerSide:
         self._config = config
         self._namespace = namespace
         self._store = store
+        self._siblings = siblings
         self._block_tokens = block_tokens
         self._loads = loads
         self._saves = saves
@@ -137,7 +142,7 @@ class SchedulerSide:
     def _look_up(self, state: RequestState, first: int, limit: int, now: float) -> None:
         ids = state.chain.upto(state.request, limit)
         try:
-            state.hits = int(self._store.lookup_prefix(ids[first:]))
+            state.hits, state.sources = self._siblings.prefix(self._store, ids[first:])
         except Exception as error:  # a store that fails is a store that holds nothing
             logger.warning("lookup failed, request %s computes: %s", state.request.request_id, error)
             state.hits = 0
@@ -215,7 +220,7 @@ class SchedulerSide:
         state.load_first, state.load_slots = first, slots
         state.lookup_key = (-1, -1)
         self.stats.add("hit_tokens", external_tokens)
-        self._step.loads.append(Transfer(request.request_id, ids.tobytes(), slots))
+        self._step.loads.append(Transfer(request.request_id, ids.tobytes(), slots, state.sources[:count]))
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -363,4 +368,5 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Closes the store."""
+        self._siblings.close()
         self._store.close()

@@ -19,6 +19,7 @@ COUNTERS: Final[dict[str, str]] = {
     "loaded_blocks": "Blocks loaded and verified, of all ranks",
     "loaded_bytes": "Bytes loaded and verified, of all ranks",
     "load_seconds": "Seconds from submitting loads to their end, summed over loads",
+    "converted_blocks": "Blocks read from another byte order, of all ranks",
     "load_failed_blocks": "Blocks that could not be loaded and are computed again",
     "loads": "Loads",
     "saved_blocks": "Blocks persisted, of all ranks",

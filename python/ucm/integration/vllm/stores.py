@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ucm.integration.vllm.config import ConnectorConfig
+from ucm.integration.vllm.convert import Converted
 from ucm.integration.vllm.geometry import Layout
 from ucm.integration.vllm.namespace import Namespace
 from ucm.integration.vllm.rank import Rank
@@ -18,6 +19,11 @@ ENGINE_DEVICES: Final = {"cpu": "host", "cuda": "cuda", "npu": "ascend"}
 """The engine's name of a torch device."""
 
 LOOKUP_ONLY: Final = -1
+
+STAGED_BLOCKS: Final = 32
+"""Blocks in flight in a store that only converts."""
+
+STAGED_BYTES_MIN: Final = 1 << 26
 
 
 def _options(config: ConnectorConfig, namespace: Namespace, values: dict[str, Any]) -> Options:
@@ -34,8 +40,6 @@ def open_lookup(config: ConnectorConfig, namespace: Namespace, part_bytes: int, 
     values = {
         "device": "host",
         "device_id": LOOKUP_ONLY,
-        "tensor_size_list": [part_bytes],
-        "shard_size": part_bytes,
         "block_size": part_bytes,
         "part_index": 0,
         "part_count": part_count,
@@ -44,22 +48,43 @@ def open_lookup(config: ConnectorConfig, namespace: Namespace, part_bytes: int, 
     return Store(_options(config, namespace, values))
 
 
+def _transfer_values(part_bytes: int, rank: Rank, device: Any) -> dict[str, Any]:
+    if device.type not in ENGINE_DEVICES:
+        raise ValueError(f"device {device.type} is not supported: {', '.join(ENGINE_DEVICES)} are")
+    return {
+        "device": ENGINE_DEVICES[device.type],
+        "device_id": 0 if device.index is None else device.index,
+        "block_size": part_bytes,
+        "part_index": rank.part,
+        "part_count": rank.part_count,
+        "parts_owned": 1,
+    }
+
+
 def open_transfer(
     config: ConnectorConfig, namespace: Namespace, layout: Layout, rank: Rank, device: Any,
     *, layerwise: bool,
 ) -> Store:  # fmt: skip
     """A worker's store."""
-    if device.type not in ENGINE_DEVICES:
-        raise ValueError(f"device {device.type} is not supported: {', '.join(ENGINE_DEVICES)} are")
     slices = [s.length for s in layout.layers[0].slices] if layerwise else layout.slice_lengths
-    values = {
-        "device": ENGINE_DEVICES[device.type],
-        "device_id": 0 if device.index is None else device.index,
-        "tensor_size_list": slices,
-        "shard_size": sum(slices),
-        "block_size": layout.part_bytes,
-        "part_index": rank.part,
-        "part_count": rank.part_count,
-        "parts_owned": 1,
+    values = _transfer_values(layout.part_bytes, rank, device)
+    values |= {"tensor_size_list": slices, "shard_size": sum(slices)}
+    return Store(_options(config, namespace, values))
+
+
+def open_converting(
+    config: ConnectorConfig, namespace: Namespace, converted: Converted, rank: Rank, device: Any
+) -> Store:
+    """A worker's store for blocks that were saved in the namespace's byte order, not in its own.
+
+    It stages and keeps nothing: a block that was read is saved again in this server's own order.
+    """
+    part_bytes = converted.layout.part_bytes
+    values = _transfer_values(part_bytes, rank, device)
+    values |= {
+        "tensor_shape_list": converted.shapes,
+        "shard_size": part_bytes,
+        "store_pipeline": "Posix",
+        "cache_buffer_capacity_gb": max(STAGED_BLOCKS * part_bytes, STAGED_BYTES_MIN) / (1 << 30),
     }
     return Store(_options(config, namespace, values))

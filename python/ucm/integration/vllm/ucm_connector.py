@@ -20,10 +20,12 @@ from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 
 if TYPE_CHECKING:
+    from ucm.integration.vllm.convert import PageShape
     from ucm.integration.vllm.geometry import Layout
     from ucm.integration.vllm.namespace import Namespace
     from ucm.integration.vllm.rank import Rank
     from ucm.integration.vllm.scheduler import SchedulerSide
+    from ucm.integration.vllm.siblings import Siblings
     from ucm.integration.vllm.worker import WorkerSide
 
 logger = logging.getLogger("vllm.ucm")
@@ -85,10 +87,25 @@ class UCMConnector(KVConnectorBase_V1):
             self._namespace,
             store,
             self._shape.block_tokens,
+            siblings=self._siblings(),
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             writer=str(transfer.engine_id),
         )
+
+    def _siblings(self) -> Siblings:
+        from ucm.integration.vllm.convert import readable
+        from ucm.integration.vllm.siblings import Siblings
+        from ucm.integration.vllm.stores import open_lookup
+
+        parts = _rank(self._vllm_config, 0).part_count
+
+        def open_order(order: str) -> Any:
+            namespace = dataclasses.replace(self._namespace, order=order)
+            return open_lookup(self._config, namespace, self._shape.part_bytes, parts)
+
+        orders = readable(self._namespace.order) if self._shape.page is not None else ()
+        return Siblings(orders, self._config.backends, open_order)
 
     # -- worker -------------------------------------------------------------------------------
 
@@ -97,6 +114,7 @@ class UCMConnector(KVConnectorBase_V1):
 
         from ucm.integration.vllm import geometry
         from ucm.integration.vllm.batches import Batches
+        from ucm.integration.vllm.converters import Converters
         from ucm.integration.vllm.stores import open_transfer
         from ucm.integration.vllm.streams import ComputeStream
         from ucm.integration.vllm.worker import WorkerSide
@@ -110,11 +128,34 @@ class UCMConnector(KVConnectorBase_V1):
         store = open_transfer(self._config, self._namespace, layout, rank, device, layerwise=layerwise)
         batches = Batches(layout, layerwise=layerwise)
         stream = ComputeStream(device.type)
-        self._worker = WorkerSide(self._config, rank, layout, batches, store, stream, shape.block_tokens)
+        converters = Converters(self._config, self._namespace, layout, rank, device, self._page(layout, rank))
+        self._worker = WorkerSide(
+            self._config, rank, layout, batches, store, stream, shape.block_tokens, converters
+        )
         logger.info(
             "UCM worker: rank %d, part %d of %d, %d layers, %d bytes a block",
             rank.index, rank.part, rank.part_count, len(layout.layers), layout.part_bytes,
         )  # fmt: skip
+
+    def _page(self, layout: Layout, rank: Rank) -> PageShape | None:
+        """The shape of a page, where other byte orders can be read into it."""
+        from ucm.integration.vllm.convert import PageShape
+        from ucm.integration.vllm.order import PRIVATE, TOKEN_MAJOR
+        from ucm.integration.vllm.platform import find_platform
+
+        shape = self._shape
+        kernel_tokens = find_platform(self._vllm_config, shape.block_tokens).kernel_tokens
+        expected = shape.block_tokens // kernel_tokens if kernel_tokens else 1
+        named = not self._namespace.order.startswith(PRIVATE)
+        if layout.kernel_blocks != expected and named and self._namespace.order not in TOKEN_MAJOR:
+            raise ValueError(
+                f"the attention kernel splits a block of {shape.block_tokens} tokens into "
+                f"{layout.kernel_blocks}, which the byte order {self._namespace.order} does not say; "
+                f"use --block-size {shape.block_tokens // layout.kernel_blocks}"
+            )
+        if shape.page is None or layout.kernel_blocks != 1:
+            return None
+        return PageShape(shape.block_tokens, *shape.page)
 
     def _layerwise(self, layout: Layout) -> bool:
         """Whether saves go layer by layer: asked for, and possible."""

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from ucm.errors import Busy, Status, UcmError
 from ucm.integration.vllm.batches import Batches, Entries, good_blocks
 from ucm.integration.vllm.config import ConnectorConfig
+from ucm.integration.vllm.converters import Converters
 from ucm.integration.vllm.geometry import Layout
 from ucm.integration.vllm.metadata import StepMetadata, Transfer, WorkerReport
 from ucm.integration.vllm.rank import Rank
+from ucm.integration.vllm.siblings import OWN
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.streams import ComputeStream
 from ucm.store import Stage, block_ids
@@ -32,12 +34,12 @@ logger = logging.getLogger("vllm.ucm.worker")
 class LoadJob:
     """The load of one request."""
 
-    __slots__ = ("started", "task", "transfer")
+    __slots__ = ("parts", "started", "transfer")
 
-    def __init__(self, transfer: Transfer, task: Any) -> None:
+    def __init__(self, transfer: Transfer) -> None:
         self.transfer = transfer
-        self.task = task
-        """None where the store refused the load."""
+        self.parts: list[tuple[Any, npt.NDArray[np.intp]]] = []
+        """Tasks, and which of the blocks each loads; blocks in no task were refused."""
         self.started = time.monotonic()
 
 
@@ -64,12 +66,13 @@ class WorkerSide:
 
     def __init__(
         self, config: ConnectorConfig, rank: Rank, layout: Layout, batches: Batches, store: Any,
-        stream: ComputeStream, block_tokens: int,
+        stream: ComputeStream, block_tokens: int, converters: Converters,
     ) -> None:  # fmt: skip
         self._config = config
         self._rank = rank
         self._batches = batches
         self._store = store
+        self._converters = converters
         self._stream = stream
         self._block_tokens = block_tokens
         self._part_bytes = layout.part_bytes
@@ -106,17 +109,30 @@ class WorkerSide:
             self._load(transfer)
 
     def _load(self, transfer: Transfer) -> None:
-        task = None
-        try:
-            entries = self._batches.whole(block_ids(transfer.ids), transfer.slots)
-            # The load may only overwrite memory that the compute stream no longer uses.
-            task = self._store.load(
-                entries.ids, entries.addresses, shards=entries.shards, event=self._stream.record()
-            )
-        except UcmError as error:
-            logger.warning("load of %s was refused: %s", transfer.request, error)
+        job = LoadJob(transfer)
+        count = len(transfer.slots)
+        sources = np.frombuffer(transfer.sources or bytes(count), dtype=np.uint8)
+        ids, slots = block_ids(transfer.ids), np.array(transfer.slots)
+        for source in np.unique(sources):
+            index = np.flatnonzero(sources == source)
+            try:
+                task = self._load_from(int(source), ids[index], slots[index])
+            except (UcmError, ValueError) as error:
+                logger.warning("load of %s was refused: %s", transfer.request, error)
+                continue
+            job.parts.append((task, index))
         self.stats.add("loads")
-        self._loads.append(LoadJob(transfer, task))
+        self._loads.append(job)
+
+    def _load_from(self, source: int, ids: Any, slots: Any) -> Any:
+        # The load may only overwrite memory that the compute stream no longer uses.
+        event = self._stream.record()
+        if source != OWN:
+            store, table = self._converters.of(source)
+            self.stats.add("converted_blocks", len(ids))
+            return store.load(ids, table.matrix(slots), event=event)
+        entries = self._batches.whole(ids, slots)
+        return self._store.load(entries.ids, entries.addresses, shards=entries.shards, event=event)
 
     def save_layer(self, name: str) -> None:
         """A layer of the running step is computed."""
@@ -200,7 +216,7 @@ class WorkerSide:
         left: list[LoadJob] = []
         for job in self._loads:
             # RELEASED, not LOADED: after it no copy can land in these blocks any more.
-            if job.task is not None and job.task.poll(Stage.RELEASED) == Status.PENDING:
+            if any(task.poll(Stage.RELEASED) == Status.PENDING for task, _ in job.parts):
                 left.append(job)
                 continue
             received.add(job.transfer.request)
@@ -210,15 +226,15 @@ class WorkerSide:
 
     def _account(self, job: LoadJob) -> None:
         slots = job.transfer.slots
-        if job.task is None:
-            good = np.zeros(len(slots), dtype=bool)
-        else:
-            good = self._good(job.task, len(slots))
-            if not good.all():
-                logger.warning(
-                    "request %s: %d of %d blocks could not be loaded and are computed: %s",
-                    job.transfer.request, int((~good).sum()), len(slots), job.task.error(),
-                )  # fmt: skip
+        good = np.zeros(len(slots), dtype=bool)
+        for task, index in job.parts:
+            good[index] = self._good(task, len(index))
+        if not good.all():
+            reason = next((task.error() for task, i in job.parts if not good[i].all()), "refused")
+            logger.warning(
+                "request %s: %d of %d blocks could not be loaded and are computed: %s",
+                job.transfer.request, int((~good).sum()), len(slots), reason,
+            )  # fmt: skip
         bad = np.flatnonzero(~good)
         self._invalid.update(slots[i] for i in bad)
         loaded = int(good.sum())
@@ -315,4 +331,5 @@ class WorkerSide:
         self._finish_saves()
         if self._saves:
             logger.warning("%d saves were not finished in time and are lost", len(self._saves))
+        self._converters.close()
         self._store.close()
