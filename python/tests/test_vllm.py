@@ -67,15 +67,18 @@ class Bench:
         block = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
         return {"ucm_connectors": [block], **top}
 
-    def run(self, phases: list[dict[str, Any]], **job: Any) -> list[dict[str, Any]]:
+    def run(
+        self, phases: list[dict[str, Any]], python: str = sys.executable, **job: Any
+    ) -> list[dict[str, Any]]:
         self._count += 1
         result = self.root / f"result-{self._count}.json"
         log = self.root / f"log-{self._count}.txt"
         job |= {"model": self.model, "directory": str(self.root), "phases": phases, "result": str(result)}
         environment = os.environ | ENVIRONMENT
+        environment["PATH"] = f"{Path(python).parent}:{environment['PATH']}"
         with open(log, "wb") as file:
             done = subprocess.run(
-                [sys.executable, str(HERE / "vllm_process.py")], input=json.dumps(job).encode(),
+                [python, str(HERE / "vllm_process.py")], input=json.dumps(job).encode(),
                 stdout=file, stderr=file, env=environment, timeout=PROCESS_TIMEOUT_S, check=False,
             )  # fmt: skip
         text = log.read_text(errors="replace")
@@ -172,6 +175,21 @@ def test_damaged_bytes_are_seen(bench: Bench, plain: list[dict[str, Any]]) -> No
         else:
             assert second["outputs"] == plain[0]["outputs"]
             assert second["counters"].get("ucm_load_failed_blocks", 0) > 0
+
+
+OTHER = os.environ.get("UCM_TEST_OTHER_PYTHON", "")
+"""The interpreter of a vLLM of another version."""
+
+
+@pytest.mark.skipif(not OTHER, reason="UCM_TEST_OTHER_PYTHON names no other vLLM")
+def test_another_version_saved_it(bench: Bench, plain: list[dict[str, Any]]) -> None:
+    """A vLLM of another version, with another byte order, saves; this one converts and loads."""
+    config = bench.config("kv-versions")
+    bench.run([{"prompts": PROMPTS}], python=OTHER, config=config)
+    phase = bench.run([{"prompts": PROMPTS}], config=config)[0]
+    assert phase["outputs"] == plain[0]["outputs"]
+    assert loaded(phase) == loadable(PROMPTS)
+    print(f"converted {phase['counters'].get('ucm_converted_blocks', 0):.0f} blocks")
 
 
 def test_time_to_first_token(bench: Bench) -> None:
