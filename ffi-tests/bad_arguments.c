@@ -166,7 +166,9 @@ static void batches(ucm_status_t (*submit)(ucm_store_t *, const ucm_batch_t *, u
     bad.addresses = ODD(void *);
     INVALID("addresses", submit(store, &bad, &task));
     bad.addresses = &nowhere;
-    INVALID("address", submit(store, &bad, &task));
+    INVALID("addresses[0] is NULL", submit(store, &bad, &task));
+    nowhere = (void *)(UINTPTR_MAX - 4096);
+    INVALID("addresses[0]", submit(store, &bad, &task));
     bad = good;
     bad.shards = ODD(uint32_t);
     INVALID("shards", submit(store, &bad, &task));

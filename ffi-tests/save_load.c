@@ -113,6 +113,26 @@ static void registered_memory(ucm_store_t *store) {
     free(memory);
 }
 
+/* Host memory need not be aligned, registered or not: what is not goes through the arena. */
+static void unaligned_memory(ucm_store_t *store) {
+    const ucm_block_id_t block = test_block(41);
+    unsigned char *memory = test_memory(4 * BLOCK_BYTES);
+    OK(ucm_memory_register(store, memory, 4 * BLOCK_BYTES));
+    for (int way = 0; way < 2; ++way) {
+        void *address = memory + 1 + 2 * BLOCK_BYTES * (size_t)way;
+        ucm_batch_t batch = test_batch(&block, &address, 1);
+        ucm_task_t *task = NULL;
+        if (way == 0) fill((unsigned char *)address, BLOCK_BYTES, 41);
+        OK((way == 0 ? ucm_save : ucm_load)(store, &batch, &task));
+        OK(ucm_task_wait(task, way == 0 ? UCM_STAGE_PERSISTED : UCM_STAGE_LOADED, 30000));
+        OK(ucm_task_wait(task, UCM_STAGE_RELEASED, 30000));
+        CHECK(holds((unsigned char *)address, BLOCK_BYTES, 41));
+        ucm_task_free(task);
+    }
+    OK(ucm_memory_unregister(store, memory));
+    free(memory);
+}
+
 /* A block that is given up is told to readers, who need not wait for it; other blocks are not touched. */
 static void abandoned(ucm_store_t *writer, ucm_store_t *reader) {
     const ucm_block_id_t blocks[2] = {test_block(50), test_block(1)};
@@ -159,6 +179,7 @@ int main(void) {
     missing_blocks_do_not_keep_the_others(store);
     a_shorter_batch(reader);
     registered_memory(store);
+    unaligned_memory(store);
     abandoned(store, reader);
     memset(&stats, 0, sizeof stats);
     stats.struct_size = sizeof stats;

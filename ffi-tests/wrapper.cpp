@@ -4,8 +4,6 @@
 
 #include <ucm.hpp>
 
-#include <poll.h>
-
 #include <array>
 #include <string>
 #include <unordered_set>
@@ -83,8 +81,7 @@ void save_and_load() {
     CHECK((*task.statuses(3))[2] == ucm::Status::Ok);
     CHECK(task.wait(ucm::Stage::Released).ok());
     ucm::Completion completions[2];
-    pollfd poller{*store.completion_fd(), POLLIN, 0};
-    CHECK(poll(&poller, 1, 30000) == 1);
+    CHECK(*store.completion_fd() >= 0);
     CHECK(*store.reap(completions) == 1 && completions[0].user_data == 77);
     CHECK(completions[0].task == task.get());
 

@@ -77,7 +77,12 @@
 #define UCM_API_VERSION 1
 
 /**
- * The most blocks, entries or addresses in one call. One token a block, that is a prompt of 16 million tokens.
+ * The most entries of a batch.
+ */
+#define UCM_ENTRIES_MAX (1 << 20)
+
+/**
+ * The most blocks, or addresses, in one call.
  */
 #define UCM_COUNT_MAX (1 << 24)
 
@@ -225,7 +230,7 @@ struct ucm_batch {
      */
     void *const *addresses;
     /**
-     * Entries: 1 to UCM_COUNT_MAX, and so many that count x slices is not over UCM_COUNT_MAX.
+     * Entries: 1 to UCM_ENTRIES_MAX, and so many that count x slices is not over UCM_COUNT_MAX.
      */
     size_t count;
     /**
@@ -846,8 +851,7 @@ int32_t ucm_store_completion_fd(ucm_store_t *store);
 /**
  * Takes completions of tasks that were submitted with a NOTIFY flag, oldest first.
  *
- * Does not block. A completion may be queued a moment after a wait for its stage has returned: rely on the
- * descriptor. The task handles are borrowed: they are those that ucm_save and ucm_load gave out, and
+ * Does not block. When a wait for a stage has returned, the stage's completion is there. The task handles are borrowed: they are those that ucm_save and ucm_load gave out, and
  * are still to be freed, once each. ucm_task_free takes a task's completions off the queue.
  *
  * @param store handle

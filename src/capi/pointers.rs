@@ -4,7 +4,10 @@ use std::ffi::{CStr, c_char};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The most blocks, entries or addresses in one call. One token a block, that is a prompt of 16 million tokens.
+/// The most entries of a batch.
+pub const UCM_ENTRIES_MAX: usize = 1 << 20;
+
+/// The most blocks, or addresses, in one call.
 pub const UCM_COUNT_MAX: usize = 1 << 24;
 
 /// The most tokens in one call of ucm_hash_tokens or ucm_hash_blocks.

@@ -8,11 +8,12 @@ use super::boundary::{enter, enter_with, watch_forks};
 use super::handles::{Kind, Registry, Token};
 use super::options::{options_of, ucm_options_t};
 use super::pointers::{
-    STRUCT_SIZE_MAX, UCM_COUNT_MAX, check, check_count, invalid, put, slice, slice_mut,
+    STRUCT_SIZE_MAX, UCM_COUNT_MAX, UCM_ENTRIES_MAX, check, check_count, invalid, put, slice,
+    slice_mut,
 };
 use super::status::ucm_status_t;
 use super::task::{self, ucm_completion_t, ucm_task_t};
-use crate::block::BlockId;
+use crate::block::{BlockId, SliceShape};
 use crate::error::Result;
 use crate::store::{Batch, Store};
 use crate::task::Notify;
@@ -58,7 +59,7 @@ pub struct ucm_batch {
     pub shards: *const u32,
     /// count x (tensor slices per shard) addresses, row-major: device or host pointers. None is NULL.
     pub addresses: *const *mut c_void,
-    /// Entries: 1 to UCM_COUNT_MAX, and so many that count x slices is not over UCM_COUNT_MAX.
+    /// Entries: 1 to UCM_ENTRIES_MAX, and so many that count x slices is not over UCM_COUNT_MAX.
     pub count: usize,
     /// cudaEvent_t or aclrtEvent that the engine's copies wait for on the device, or NULL. Captured
     /// before the call returns: may then be recorded again or destroyed.
@@ -338,6 +339,25 @@ unsafe fn read_batch(batch: *const ucm_batch_t) -> Result<ucm_batch> {
     Ok(copy)
 }
 
+/// Fails where an address is null, or so large that its slice would reach beyond the end of all memory.
+fn check_spans(addresses: &[*mut c_void], slices: &[SliceShape]) -> Result<()> {
+    for (index, address) in addresses.iter().enumerate() {
+        let (entry, slice) = (index / slices.len(), index % slices.len());
+        if address.is_null() {
+            return Err(invalid(format!(
+                "addresses[{index}] is NULL (entry {entry}, slice {slice})"
+            )));
+        }
+        let span = slices[slice].span();
+        if (address.addr() as u64).checked_add(span).is_none() {
+            return Err(invalid(format!(
+                "addresses[{index}] is {address:p}, where no slice of {span} bytes can lie (entry {entry}, slice {slice})"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Submits a batch.
 ///
 /// # Safety
@@ -357,7 +377,7 @@ unsafe fn submit(
     if batch.count == 0 {
         return Err(invalid("batch->count is 0; a batch has at least one entry"));
     }
-    check_count("batch->count", batch.count, UCM_COUNT_MAX)?;
+    check_count("batch->count", batch.count, UCM_ENTRIES_MAX)?;
     if batch.flags & !(UCM_BATCH_NOTIFY | UCM_BATCH_NOTIFY_COPIED) != 0 {
         return Err(invalid(format!(
             "batch->flags is {:#x}; known are UCM_BATCH_NOTIFY and UCM_BATCH_NOTIFY_COPIED",
@@ -374,6 +394,7 @@ unsafe fn submit(
         };
         (blocks, shards, slice("batch->addresses", batch.addresses, pointers, UCM_COUNT_MAX)?)
     };
+    check_spans(addresses, &store.config().geometry.slices)?;
     let reserved = task::Reserved::new(Token::from_pointer(handle))?;
     let batch = Batch {
         blocks,
@@ -468,8 +489,7 @@ pub unsafe extern "C" fn ucm_store_completion_fd(store: *mut ucm_store_t) -> i32
 
 /// Takes completions of tasks that were submitted with a NOTIFY flag, oldest first.
 ///
-/// Does not block. A completion may be queued a moment after a wait for its stage has returned: rely on the
-/// descriptor. The task handles are borrowed: they are those that ucm_save and ucm_load gave out, and
+/// Does not block. When a wait for a stage has returned, the stage's completion is there. The task handles are borrowed: they are those that ucm_save and ucm_load gave out, and
 /// are still to be freed, once each. ucm_task_free takes a task's completions off the queue.
 ///
 /// @param store handle
