@@ -100,6 +100,11 @@ impl Pools {
         self.all().into_iter().find(|pool| pool.role == role)
     }
 
+    /// Whether routing looks at prompts.
+    pub fn look_at_prefixes(&self) -> bool {
+        self.all().iter().any(|pool| pool.routing() == Routing::PrefixAffinity)
+    }
+
     /// Every server.
     pub fn members(&self) -> Vec<Arc<Instance>> {
         self.all().into_iter().flat_map(|pool| pool.members()).collect()

@@ -69,7 +69,10 @@ pub async fn generate(
     if fields.contains(KV_TRANSFER_PARAMS) {
         app.metrics.params_stripped.fetch_add(1, Relaxed);
     }
-    let prefix = PrefixKey::of(&fields);
+    let prefix = match app.pools.look_at_prefixes() {
+        true => PrefixKey::of(&fields),
+        false => PrefixKey::default(),
+    };
     let mut params = None;
     if let Some(pool) = app.pools.prefill() {
         match legs::plan(generation, &fields) {

@@ -69,6 +69,16 @@ struct State {
     turn: usize,
 }
 
+impl State {
+    /// Whether the queue is full of clients that are still there.
+    fn is_full(&mut self, depth: usize) -> bool {
+        if self.waiters.len() >= depth {
+            self.waiters.retain(|waiter| !waiter.grant.is_closed());
+        }
+        self.waiters.len() >= depth
+    }
+}
+
 enum Choice {
     Chosen(usize),
     Busy,
@@ -121,7 +131,7 @@ impl Pool {
             match choice {
                 Choice::Chosen(index) => return Ok(self.lease(&mut state, index, &hint)),
                 Choice::Nobody => return Err(Refusal::NoServer),
-                Choice::Busy if state.waiters.len() >= self.limits.queue_depth => {
+                Choice::Busy if state.is_full(self.limits.queue_depth) => {
                     self.overflows.fetch_add(1, Relaxed);
                     return Err(Refusal::QueueFull);
                 }
@@ -131,6 +141,8 @@ impl Pool {
             state.waiters.push_back(Waiter { hint, grant });
             granted
         };
+        // Those before may wait for one server only, while another one is free for this request.
+        self.grant_waiters();
         match tokio::time::timeout(self.limits.queue_timeout, granted).await {
             Ok(Ok(lease)) => Ok(lease),
             Ok(Err(_)) => Err(Refusal::NoServer),
@@ -143,8 +155,8 @@ impl Pool {
 
     /// Whether a newcomer would be turned away now.
     pub fn is_full(&self) -> bool {
-        let state = self.locked();
-        !state.waiters.is_empty() && state.waiters.len() >= self.limits.queue_depth
+        let mut state = self.locked();
+        !state.waiters.is_empty() && state.is_full(self.limits.queue_depth)
     }
 
     /// Gives free places to those who wait. Called when a place may have become free: a lease
@@ -214,6 +226,11 @@ impl Pool {
         Some(removed)
     }
 
+    /// The policy.
+    pub fn routing(&self) -> Routing {
+        *self.routing.lock().expect("no panic while held")
+    }
+
     /// Changes the policy.
     pub fn set_routing(&self, routing: Routing) {
         *self.routing.lock().expect("no panic while held") = routing;
@@ -226,7 +243,9 @@ impl Pool {
     fn lease(self: &Arc<Self>, state: &mut State, index: usize, hint: &Hint) -> Lease {
         let instance = state.members[index].instance.clone();
         instance.take(hint.work);
-        state.affinity.note(&hint.prefix, instance.id);
+        if self.routing() == Routing::PrefixAffinity {
+            state.affinity.note(&hint.prefix, instance.id);
+        }
         Lease { instance, pool: self.clone(), work: hint.work }
     }
 
@@ -277,8 +296,7 @@ impl Pool {
         candidates: &mut [Candidate],
     ) -> Option<usize> {
         state.turn = state.turn.wrapping_add(1);
-        let routing = *self.routing.lock().expect("no panic while held");
-        match routing {
+        match self.routing() {
             Routing::RoundRobin => {
                 let picked = round_robin(candidates);
                 for (index, candidate) in indexes.iter().zip(candidates) {

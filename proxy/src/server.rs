@@ -9,6 +9,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +28,12 @@ use crate::watch as watching;
 
 /// After an error of accept, such as no descriptors left, the listener rests this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// A silent client is asked for a sign of life after this, then so often and so many times.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 3;
+/// A client that acknowledges, or reads, nothing for so long is taken for gone.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(300);
 /// A TLS handshake takes at most this.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -175,8 +182,8 @@ async fn accept_all(listener: TcpListener, mut shared: Shared) {
 }
 
 async fn connection(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
-    // An event is a small packet; it must not wait for the acknowledgement of the one before.
-    let _ = stream.set_nodelay(true);
+    // Best effort: without these options it works, later.
+    let _ = tune(&stream);
     match &shared.tls {
         None => serve(stream, peer, shared).await,
         Some(tls) => {
@@ -187,6 +194,18 @@ async fn connection(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
             }
         }
     }
+}
+
+/// An event is a small packet that must not wait for the acknowledgement of the one before; and a
+/// client whose machine or network is gone sends no end, so silence has to tell.
+fn tune(stream: &TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    sockopt::set_tcp_user_timeout(stream, UNACKNOWLEDGED_MAX.as_millis() as u32)?;
+    Ok(())
 }
 
 async fn serve<S>(stream: S, peer: SocketAddr, shared: &Shared)

@@ -416,3 +416,49 @@ fn a_request_ends_with_its_deadline() {
         eventually("upstream let go", || worker.open() <= 1).await;
     });
 }
+
+#[test]
+fn a_retry_that_waits_for_one_server_does_not_block_the_others() {
+    // Goal: a request whose server failed waits for the busy other one; a newcomer gets the free
+    // server at once. And clients that left the queue make room in it.
+    block_on(async {
+        let answer = Script::json(200, &json!({"of": "slow"}));
+        let slow = Script::Later(Duration::from_millis(800), Box::new(answer));
+        let busy = Server::start(except_probes(slow)).await;
+        let flaky = Server::start(move |seen| match is_probe(seen) {
+            false if seen.json()["prompt"] == "fails" => Script::Close,
+            _ => Script::json(200, &json!({"of": "free"})),
+        })
+        .await;
+        let options = [
+            "--worker-hosts",
+            "127.0.0.1",
+            "127.0.0.1",
+            "--worker-ports",
+            &busy.port(),
+            &flaky.port(),
+            "--max-outstanding",
+            "1",
+            "--queue-depth",
+            "2",
+            "--routing",
+            "round-robin",
+            "--eject-after",
+            "0",
+        ];
+        let proxy = Proxy::start(&options.map(str::to_owned), &[]).await;
+        let port = proxy.port;
+        let path = "/v1/completions";
+        let first = tokio::spawn(post_text(port, path, &[], "{\"prompt\":\"first\"}"));
+        eventually("busy", || busy.open() == 1).await;
+        let failing = tokio::spawn(post_text(port, path, &[], "{\"prompt\":\"fails\"}"));
+        eventually("tried", || flaky.seen().len() == 1 && flaky.open() == 0).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let started = Instant::now();
+        let third = post_text(port, path, &[], "{\"prompt\":\"x\"}").await;
+        assert_eq!(third.json()["of"], "free");
+        assert!(started.elapsed() < Duration::from_millis(400), "{:?}", started.elapsed());
+        assert_eq!(failing.await.unwrap().json()["of"], "slow");
+        assert_eq!(first.await.unwrap().json()["of"], "slow");
+    });
+}
