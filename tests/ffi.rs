@@ -284,6 +284,11 @@ fn save_load() {
 }
 
 #[test]
+fn deadlines() {
+    check("deadlines.c");
+}
+
+#[test]
 fn handles() {
     check("handles.c");
 }

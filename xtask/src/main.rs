@@ -40,7 +40,15 @@ fn cargo() -> Command {
 /// Builds the library optimised and returns the folder it lies in.
 fn build_release() -> Result<PathBuf, String> {
     let mut build = cargo();
-    build.args(["build", "--release", "--package", "ucm", "--lib", "--message-format=json"]);
+    build.args([
+        "build",
+        "--release",
+        "--package",
+        "ucm",
+        "--lib",
+        "--no-default-features",
+        "--message-format=json",
+    ]);
     let output = build
         .current_dir(root())
         .stderr(Stdio::inherit())
