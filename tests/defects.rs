@@ -353,3 +353,53 @@ fn files_and_shared_memory_are_readable_by_everyone() {
         assert_eq!(metadata.permissions().mode() & 0o077, 0, "{}", path.display());
     }
 }
+
+/// A load whose bytes come long after its deadline; returns the memory it was for, after the disk is done.
+fn load_from_a_slow_disk(registered: bool) {
+    let disk = SimDisk::new(SimConfig::default());
+    let store = store_on(&disk, &[("store_pipeline", "Posix")]);
+    save_blocks(&store, &[1], BLOCK);
+    let mut pages = Pages::new(1, BLOCK);
+    let (base, length) = (pages.base(), pages.length());
+    if registered {
+        // SAFETY: the pages outlive the registration.
+        unsafe { store.register_memory(base.cast(), length) }.unwrap();
+    }
+    let delay = Duration::from_millis(600);
+    disk.inject(Fault {
+        call: Call::Read,
+        occasion: Occasion::Always,
+        effect: Effect::Delay(delay),
+    });
+    let (ids, addresses) = ([id(1)], [pages.address(0, 0)]);
+    let mut late = batch(&ids, None, &addresses);
+    late.timeout_ms = 100;
+    // SAFETY: the pages outlive the wait for RELEASED.
+    let task = unsafe { store.load(&late) }.unwrap();
+    assert_eq!(failure(&task, Stage::Loaded), ErrorKind::Timeout);
+    if registered {
+        assert!(
+            matches!(task.poll(Stage::Released), Progress::Pending),
+            "the drive writes there yet"
+        );
+        let busy = store.unregister_memory(base.cast()).unwrap_err();
+        assert_eq!(busy.kind(), ErrorKind::Busy, "memory under a read stays registered");
+    }
+    done(&task, Stage::Released);
+    pages.clear();
+    std::thread::sleep(2 * delay);
+    assert!(pages.page(0).iter().all(|byte| *byte == 0xEE), "bytes landed after RELEASED");
+    if registered {
+        store.unregister_memory(base.cast()).unwrap();
+    }
+    disk.heal();
+    assert_eq!(load_blocks(&store, &[1], BLOCK), [], "what was slow is still there");
+}
+
+/// Goal: a disk that answers long after the deadline writes nothing into memory that was given back,
+/// staged through the arena or not.
+#[test]
+fn a_slow_disk_writes_into_memory_that_was_given_back() {
+    load_from_a_slow_disk(false);
+    load_from_a_slow_disk(true);
+}

@@ -147,7 +147,12 @@ fn storage_backends(options: &Options, pipeline: Pipeline) -> Result<Vec<PathBuf
 }
 
 fn cache_bytes(options: &Options, geometry: &Geometry, lookup_only: bool) -> Result<u64> {
-    let bytes = gigabytes(options, "cache_buffer_capacity_gb").next_multiple_of(ARENA_UNIT);
+    let ranks = match options.boolean("share_buffer_enable") {
+        true => options.integer("local_rank_size") as u64,
+        false => 1,
+    };
+    let bytes =
+        (gigabytes(options, "cache_buffer_capacity_gb") / ranks).next_multiple_of(ARENA_UNIT);
     let least = SLOTS_MIN * geometry.extent_bytes();
     if !lookup_only && bytes < least {
         return Err(bad(format!(

@@ -128,14 +128,14 @@ pub static KEYS: &[Key] = &[
         Kind::Bool,
         "false",
         "",
-        "One arena for all ranks of a host instead of one each.",
+        "Whether cache_buffer_capacity_gb is meant for all ranks of the host together: each of the local_rank_size ranks then maps its share of it. The ranks do not see each other's blocks in DRAM.",
     ),
     store(
         "local_rank_size",
         Kind::Integer(1, 1024),
         "1",
         "ranks",
-        "Ranks of this host that open a store with the same arena size: the memory ceiling is divided by it, unless the arena is shared.",
+        "Ranks of this host that open a store with the same arena size: the memory ceiling is divided by it, and so is the arena where share_buffer_enable is set.",
     ),
     store(
         "huge_pages",
