@@ -18,6 +18,7 @@ mod body;
 mod clock;
 mod endpoint;
 mod forward;
+mod given;
 mod headers;
 mod health;
 mod histogram;
