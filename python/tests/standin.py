@@ -97,10 +97,6 @@ class StandinStore:
         self.world.abandoned.update(one.tobytes() for one in block_ids(ids))
         return True
 
-    def new_epoch(self) -> bool:
-        self.world.blocks.clear()
-        return True
-
     def save(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:
         if self.world.refuse_saves:
             raise Busy("told to refuse")

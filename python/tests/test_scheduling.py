@@ -275,6 +275,37 @@ def test_short_prompts_and_opt_outs_move_nothing(model: str) -> None:
     assert world.loaded == 0
 
 
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+def test_changed_weights_never_hit_old_blocks(model: str, asynchronous: bool, depth: int) -> None:
+    """After reset_cache() nothing old is loaded, and a request in flight saves nothing more."""
+    world, prompt = World(), list(range(6 * BLOCK))
+    sim = Simulation(vllm_config(model), world, asynchronous=asynchronous)
+    sim.add("before", prompt)
+    sim.run(depth=depth)
+    saved = world.saved
+    sim.add("during", [5] * (6 * BLOCK), 40)
+    sim.schedule()
+    sim.deliver()
+    flying = world.saved
+    assert sim.scheduler.connector.reset_cache()
+    sim.run(depth=depth)
+    assert world.saved == flying > saved
+    sim.scheduler.reset_prefix_cache()
+    sim.add("after", prompt)
+    sim.run(depth=depth)
+    assert world.loaded == 0
+    assert world.saved >= flying + 6  # under ids of the new epoch
+    sim.scheduler.reset_prefix_cache()
+    sim.add("again", prompt)
+    sim.run(depth=depth)
+    assert world.loaded == 5
+    other = Simulation(vllm_config(model), world)
+    other.add("restarted", prompt)
+    other.run()
+    assert other.results["restarted"].tokens == expected(prompt, 8)
+    assert world.loaded == 10
+
+
 def test_asking_again_is_cheap(model: str) -> None:
     """A waiting request that is asked again costs microseconds and no lookup."""
     import time

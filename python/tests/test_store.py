@@ -194,6 +194,20 @@ print("seen", flush=True)
         assert child.wait(10) == 0
 
 
+def test_abandoned_blocks_are_seen_elsewhere(tmp_path: Path) -> None:
+    """What a writer gives up another store learns, without waiting for a deadline."""
+    with ucm.Store(**options(tmp_path)) as writer, ucm.Store(**options(tmp_path)) as reader:
+        writer.save([b"a" * 16], table(pages(1))).wait()
+        assert not reader.lookup_abandoned([b"g" * 16]).any()
+        assert writer.abandon([b"g" * 16])
+        end = time.monotonic() + 10
+        while not reader.lookup_abandoned([b"g" * 16]).all():
+            assert time.monotonic() < end
+            reader.lookup([b"g" * 16])
+            time.sleep(0.05)
+        assert not reader.lookup_abandoned([b"h" * 16]).any()
+
+
 def test_waiting_releases_the_gil(tmp_path: Path) -> None:
     """While a thread waits in the engine, Python goes on."""
     with ucm.Store(**options(tmp_path)) as store:

@@ -106,7 +106,6 @@ _OPTIONAL: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # Added to the ABI after its first listing; absent from an older library.
     "ucm_abandon": (_STATUS, (_PTR, _PTR, C.c_size_t)),
     "ucm_lookup_abandoned": (_STATUS, (_PTR, _PTR, C.c_size_t, _PTR)),
-    "ucm_store_new_epoch": (_STATUS, (_PTR,)),
 }
 
 _lock = threading.Lock()

@@ -297,13 +297,6 @@ class Store:
             check(self._lib.ucm_lookup_abandoned(self._handle, pointer(array), len(array), pointer(found)))
         return found.view(np.bool_)
 
-    def new_epoch(self) -> bool:
-        """Forgets every block of the namespace, on every server; False where the library cannot."""
-        if not _native.has("ucm_store_new_epoch"):
-            return False
-        check(self._lib.ucm_store_new_epoch(self._handle))
-        return True
-
     # -- transfers ----------------------------------------------------------------------------
 
     def save(self, ids: Any, addresses: Any, **how: Any) -> Task:

@@ -26,6 +26,9 @@ TAG_SALT: Final = 3
 TAG_EMBEDS: Final = 4
 """32 bytes: digest of the embeddings that stand in for this block's tokens."""
 
+TAG_EPOCH: Final = 5
+"""Which weights, where they were changed while the server ran; only in the first block."""
+
 FILE_CHUNK_BYTES: Final = 1 << 20
 
 ADAPTER_FILES: Final = (".safetensors", ".bin", ".pt", ".json")
@@ -101,18 +104,21 @@ def embeds_digest(rows: Any) -> bytes:
 class RequestExtras:
     """The extra bytes of each block of one request."""
 
-    def __init__(self, request: Any, block_tokens: int, lora_digest: Callable[[Any], bytes]) -> None:
+    def __init__(
+        self, request: Any, block_tokens: int, lora_digest: Callable[[Any], bytes], epoch: bytes = b""
+    ) -> None:
         self._block_tokens = block_tokens
         lora = getattr(request, "lora_request", None)
         self._lora = record(TAG_LORA, lora_digest(lora)) if lora is not None else b""
         salt = getattr(request, "cache_salt", None)
+        self._epoch = record(TAG_EPOCH, epoch) if epoch else b""
         self._salt = record(TAG_SALT, str(salt).encode()) if salt else b""
         self._embeds = getattr(request, "prompt_embeds", None)
         self._items = sorted(
             (int(f.mm_position.offset), int(f.mm_position.length), _item_hash(f))
             for f in getattr(request, "mm_features", None) or ()
         )
-        self.plain = not (self._lora or self._salt or self._items or self._embeds is not None)
+        self.plain = not (self._lora or self._salt or self._items or self._epoch or self._embeds is not None)
         """Whether every block's extra bytes are empty."""
 
     def _multimodal(self, start: int, end: int) -> Iterator[bytes]:
@@ -131,6 +137,8 @@ class RequestExtras:
             parts.append(self._salt)
         if self._embeds is not None and start < len(self._embeds):
             parts.append(record(TAG_EMBEDS, embeds_digest(self._embeds[start:end])))
+        if block == 0:
+            parts.append(self._epoch)
         return b"".join(parts)
 
 

@@ -7,6 +7,7 @@ the scheduler's thread and none waits.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
 NULL_BLOCK: Final = 0
 """vLLM's block that holds nothing."""
 
+EPOCH_BYTES: Final = 16
+
 LOOKUP_KEEP_S: Final = 1.0
 """A request that waits for memory is looked up again this often, in case blocks were evicted."""
 
@@ -32,7 +35,8 @@ class RequestState:
     """What the scheduler side knows of one request."""
 
     __slots__ = (
-        "cap", "chain", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
+        "cap", "chain",
+        "frozen", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
         "save_step", "saved", "sources", "table", "told", "wait",
     )  # fmt: skip
 
@@ -58,6 +62,8 @@ class RequestState:
         self.load_slots: list[int] | None = None
         """The blocks of an asynchronous load that is under way."""
         self.told = False
+        self.frozen = False
+        """The weights changed while it ran: it neither loads nor saves."""
 
 
 class SchedulerSide:
@@ -86,6 +92,8 @@ class SchedulerSide:
         self._adapters = AdapterDigests()
         self._requests: dict[str, RequestState] = {}
         self._step = StepMetadata(number=1)
+        self._epoch = b""
+        """Empty until the weights change under the running server."""
         self._copied_step = 0
         self._computes = False
         self.stats = UcmStats()
@@ -95,7 +103,7 @@ class SchedulerSide:
     def _state(self, request: Any) -> RequestState:
         state = self._requests.get(request.request_id)
         if state is None:
-            extras = RequestExtras(request, self._block_tokens, self._adapters.of)
+            extras = RequestExtras(request, self._block_tokens, self._adapters.of, self._epoch)
             chain = BlockChain(self._store, extras, self._block_tokens)
             promises = handoff.read(getattr(request, "kv_transfer_params", None)) if self._loads else []
             wait = handoff.Wait(promises, self._config.handoff_wait_ms) if promises else None
@@ -105,7 +113,7 @@ class SchedulerSide:
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed_tokens`` the store holds; None: ask again."""
         state = self._state(request)
-        if not self._loads or request.skip_reading_prefix_cache or self._is_short(request):
+        if not self._loads or request.skip_reading_prefix_cache or self._is_short(request) or state.frozen:
             return 0, False
         if computed_tokens % self._block_tokens:
             return 0, False
@@ -276,7 +284,7 @@ class SchedulerSide:
         """The save of all blocks up to ``full`` that are not yet saved and not in the store."""
         full = min(full, len(table))
         first = state.saved
-        if full <= first:
+        if full <= first or state.frozen:
             return None
         state.saved = full
         ids = state.chain.upto(state.request, full)[first:]
@@ -339,7 +347,7 @@ class SchedulerSide:
     def _announce(self, state: RequestState) -> dict[str, Any] | None:
         request = state.request
         blocks = min(request.num_prompt_tokens // self._block_tokens, state.saved)
-        if blocks == 0:
+        if blocks == 0 or state.frozen:
             return None
         ids = state.chain.upto(request, blocks)
         params: dict[str, Any] = {
@@ -351,12 +359,15 @@ class SchedulerSide:
         return params
 
     def reset_cache(self) -> bool:
-        """The weights changed: nothing that is stored may be hit again."""
+        """The weights changed: nothing that is stored may be hit again, by this server.
+
+        From now on ids carry an epoch that no other server and no later process has: those read the
+        weights on disk, and keep the blocks that belong to them.
+        """
+        self._epoch = secrets.token_bytes(EPOCH_BYTES)
         for state in self._requests.values():
-            state.lookup_key = (-1, -1)
-        if not self._store.new_epoch():
-            logger.error("this libucm.so cannot start a new epoch; stop, and clear the directory")
-            return False
+            state.frozen = True  # its chain names the old weights, its memory holds both
+        logger.info("weights changed: epoch %s, stored blocks are not used any more", self._epoch.hex())
         return True
 
     def take_stats(self) -> UcmStats | None:
