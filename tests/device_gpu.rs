@@ -450,6 +450,36 @@ fn a_reset_device_is_survived() {
     });
 }
 
+/// Goal: prints what capturing an event costs the caller, while the model's stream is busy and another
+/// thread enqueues copies.
+#[test]
+#[ignore = "needs an NVIDIA GPU; run `cargo xtask gpu-test`"]
+fn captures_are_quick() {
+    const ROUNDS: usize = 200;
+    let gpu = Gpu::new();
+    let device = open_with("");
+    let (memory, stream, event) = (gpu.alloc(8192), gpu.stream(), gpu.event());
+    let mut times = Vec::new();
+    for _ in 0..ROUNDS {
+        gpu.slow_fill(stream, memory, 1000, 1, 200_000);
+        gpu.record(event, stream);
+        let begin = Instant::now();
+        // SAFETY: the event lives.
+        let captured = unsafe { device.capture_event(event) }.unwrap();
+        times.push(begin.elapsed());
+        drop(captured);
+    }
+    gpu.sync();
+    times.sort();
+    println!(
+        "capture of a pending event: median {:?}, worst {:?}",
+        times[ROUNDS / 2],
+        times[ROUNDS - 1]
+    );
+    assert!(times[ROUNDS / 2] < Duration::from_micros(50));
+    gpu.free(memory);
+}
+
 /// Bytes of one measurement.
 const BENCH_BYTES: usize = 448 << 20;
 

@@ -250,6 +250,19 @@ API cuDevicePrimaryCtxRelease(CUdevice device) {
     return OK;
 }
 
+API cuDevicePrimaryCtxGetState(CUdevice device, unsigned int *flags, int *active) {
+    ENTER("cuDevicePrimaryCtxGetState");
+    *flags = 0;
+    *active = contexts[device].retained && !contexts[device].destroyed;
+    return OK;
+}
+
+API cuCtxGetId(CUcontext context, unsigned long long *id) {
+    ENTER("cuCtxGetId");
+    *id = (unsigned long long)(uintptr_t)context;
+    return OK;
+}
+
 API cuCtxPushCurrent(CUcontext context) {
     ENTER("cuCtxPushCurrent");
     struct context *pushed = (struct context *)context;

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::time::Instant;
 
 use super::{Ascend, api};
-use crate::device::engine::{Choices, Driver, Fault, PATTERN_BYTES, StrategySet, Stream};
+use crate::device::engine::{Choices, Driver, Fault, PATTERN_BYTES, StrategySet, Stream, cost};
 
 impl Ascend {
     /// Measures the set; everything is given back.
@@ -32,8 +32,9 @@ impl Ascend {
                     // below.
                     unsafe { self.copy_with(strategy, stream, direction, &pieces) }
                 });
+                let enqueued = begin.elapsed();
                 copied.and_then(|()| self.synchronize(stream)).ok()?;
-                Some(begin.elapsed() / rounds)
+                Some(cost(begin.elapsed(), enqueued) / rounds)
             })
         });
         if self.synchronize(stream).is_ok() {

@@ -22,7 +22,7 @@ const ERROR_OUT_OF_MEMORY: c_int = 2;
 const ERROR_STUB_LIBRARY: c_int = 34;
 const ERROR_NO_DEVICE: c_int = 100;
 pub(super) const ERROR_NOT_READY: c_int = 600;
-const ERROR_CONTEXT_IS_DESTROYED: c_int = 709;
+pub(super) const ERROR_CONTEXT_IS_DESTROYED: c_int = 709;
 pub(super) const ERROR_HOST_MEMORY_ALREADY_REGISTERED: c_int = 712;
 pub(super) const ERROR_HOST_MEMORY_NOT_REGISTERED: c_int = 713;
 
@@ -91,6 +91,7 @@ function_table! {
         cuDeviceGetPCIBusId: fn(*mut c_char, c_int, c_int);
         cuDevicePrimaryCtxRetain: fn(*mut *mut c_void, c_int);
         cuDevicePrimaryCtxRelease: fn(c_int);
+        cuDevicePrimaryCtxGetState: fn(c_int, *mut c_uint, *mut c_int);
         cuCtxPushCurrent: fn(*mut c_void);
         cuCtxPopCurrent: fn(*mut *mut c_void);
         cuThreadExchangeStreamCaptureMode: fn(*mut c_int);
@@ -119,6 +120,7 @@ function_table! {
         cuGetErrorString: fn(c_int, *mut *const c_char);
     }
     optional {
+        cuCtxGetId: fn(*mut c_void, *mut u64);
         cuModuleLoadData: fn(*mut *mut c_void, *const c_void);
         cuModuleUnload: fn(*mut c_void);
         cuModuleGetFunction: fn(*mut *mut c_void, *mut c_void, *const c_char);

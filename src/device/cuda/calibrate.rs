@@ -7,6 +7,7 @@ use super::copy::{BOUNCE_BYTES, Lane};
 use crate::device::Direction;
 use crate::device::engine::{
     Choices, Driver, Fault, PATTERN_BYTES, Pattern, Registration, Strategy, StrategySet, Stream,
+    cost,
 };
 
 /// What the measurements copy between.
@@ -101,7 +102,8 @@ impl Cuda {
                 self.copy_with(strategy, bench.stream, &bench.lane, direction, &pieces, staging)?;
             }
         }
+        let enqueued = begin.elapsed();
         self.synchronize(bench.stream)?;
-        Ok(begin.elapsed() / rounds)
+        Ok(cost(begin.elapsed(), enqueued) / rounds)
     }
 }

@@ -52,6 +52,8 @@ pub(super) struct Cuda {
     api: Api,
     device: c_int,
     context: *mut c_void,
+    /// Tells this context from one made after a reset of the device, where the driver can.
+    context_id: Option<u64>,
     kernels: Option<Kernels>,
     choices: Choices,
     uses_bounce: bool,
@@ -91,17 +93,45 @@ impl Cuda {
         // SAFETY: as above. Released by drop.
         let status = unsafe { (api.functions.cuDevicePrimaryCtxRetain)(&mut context, device) };
         api.check("cuDevicePrimaryCtxRetain", status).map_err(|fault| fault.error)?;
-        let cuda = Self {
+        let mut cuda = Self {
             api,
             device,
             context,
+            context_id: None,
             kernels: None,
             choices: Choices::uniform(Strategy::Plain),
             uses_bounce: false,
         };
+        cuda.context_id = cuda.read_context_id().map_err(|fault| fault.error)?;
         let description =
             format!("{} (device {device_id}), CUDA {}", cuda.name(), cuda.api.version_text());
         Ok((cuda, Report { kind: Self::KIND, description, ..Report::default() }))
+    }
+
+    /// The number of the context, where the driver gives one.
+    fn read_context_id(&self) -> std::result::Result<Option<u64>, Fault> {
+        let Some(get) = self.api.functions.cuCtxGetId else { return Ok(None) };
+        let mut id = 0;
+        // SAFETY: the context is retained; the place is valid.
+        let status = unsafe { get(self.context, &mut id) };
+        self.api.check("cuCtxGetId", status).map(|()| Some(id))
+    }
+
+    /// Whether the retained context is still the one of `open`. After a reset by somebody else its
+    /// streams and events are gone, and using them may end the process.
+    fn check_context(&self) -> std::result::Result<(), Fault> {
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: the places are valid.
+        let status = unsafe {
+            (self.api.functions.cuDevicePrimaryCtxGetState)(self.device, &mut flags, &mut active)
+        };
+        self.api.check("cuDevicePrimaryCtxGetState", status)?;
+        // An answer that differs proves that the context is gone; no answer proves nothing.
+        if active == 0 || self.read_context_id()? != self.context_id {
+            let call = "cuDevicePrimaryCtxGetState";
+            return Err(self.api.fault(call, api::ERROR_CONTEXT_IS_DESTROYED));
+        }
+        Ok(())
     }
 
     fn name(&self) -> String {
@@ -279,6 +309,7 @@ impl Driver for Cuda {
     type Entered<'a> = Entered<'a>;
 
     fn enter(&self) -> std::result::Result<Entered<'_>, Fault> {
+        self.check_context()?;
         // SAFETY: the context is retained until drop.
         let status = unsafe { (self.api.functions.cuCtxPushCurrent)(self.context) };
         self.api.check("cuCtxPushCurrent", status)?;

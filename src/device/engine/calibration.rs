@@ -108,6 +108,12 @@ const ROUNDS: u32 = 4;
 /// Each measurement is repeated and the fastest counts: noise only adds.
 const REPEATS: usize = 3;
 
+/// What a measurement counts as: the time that it took, and half of the time that the CPU was busy
+/// enqueueing, because the driver's lock is held then and other threads of the model wait for it.
+pub(in crate::device) fn cost(took: Duration, enqueued: Duration) -> Duration {
+    took + enqueued / 2
+}
+
 /// The chosen strategies of one direction.
 #[derive(Clone, Copy, Debug)]
 struct Column {

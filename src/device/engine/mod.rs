@@ -16,7 +16,7 @@ mod queue;
 mod watch;
 
 pub(super) use accelerator::Accelerator;
-pub(super) use calibration::{Choices, PATTERN_BYTES, Pattern, Strategy, StrategySet};
+pub(super) use calibration::{Choices, PATTERN_BYTES, Pattern, Strategy, StrategySet, cost};
 pub(super) use driver::{
     ContextState, Driver, Event, Fault, HostFunction, Progress, Reach, Registration, Stream,
 };
