@@ -60,18 +60,13 @@ impl<D: Driver> Gates<D> {
         Ok(Captured { event: Some(ours) })
     }
 
-    /// An idle gate, else the next in turn.
+    /// The gate used last if it is idle, else the next in turn: one query, for the caller waits.
     fn idle(&self, gates: &mut (usize, Vec<Gate>)) -> Stream {
-        let count = gates.1.len();
-        for step in 0..count {
-            let at = (gates.0 + step) % count;
-            let stream = gates.1[at].stream;
-            if matches!(self.driver.query_stream(stream), Ok(Progress::Done)) {
-                gates.0 = at;
-                return stream;
-            }
+        let stream = gates.1[gates.0].stream;
+        if matches!(self.driver.query_stream(stream), Ok(Progress::Done)) {
+            return stream;
         }
-        gates.0 = (gates.0 + 1) % count;
+        gates.0 = (gates.0 + 1) % gates.1.len();
         gates.1[gates.0].stream
     }
 
