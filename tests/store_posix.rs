@@ -321,6 +321,9 @@ fn a_failing_directory_takes_only_its_own_blocks() {
 /// unregistered while it is used.
 #[test]
 fn registered_memory_is_a_direct_target() {
+    if common::on_a_device() {
+        return;
+    }
     let directory = TempDir::new().unwrap();
     let store = store_in(directory.path(), &[]);
     let mut pages = Pages::new(8, BLOCK);

@@ -46,6 +46,11 @@ pub fn expected(number: u64, at: usize) -> u8 {
 /// same tests then run on the device that the driver pretends to have.
 const DEVICE_LIBRARY: &str = "UCM_TEST_DEVICE_LIBRARY";
 
+/// Whether the tests run on a pretended device: what is only promised for host memory is not tested then.
+pub fn on_a_device() -> bool {
+    std::env::var_os(DEVICE_LIBRARY).is_some()
+}
+
 /// Bytes of the caller: host memory, or memory of a pretended device that the CPU can see.
 enum Bytes {
     Host(Vec<u8>),
