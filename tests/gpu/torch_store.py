@@ -195,7 +195,7 @@ def child(directory: str, role: str) -> None:
 
 
 def random_traffic(directory: str) -> None:
-    """Goal: 10,000 random saves and loads, most of them evicted from DRAM in between, keep every byte."""
+    """Goal: 10,000 random saves (2,000) and loads, most of them evicted from DRAM in between, keep every byte."""
     source, target = Cache(256, 4096, 16), Cache(256, 4096, 16)
     source.randomize()
     torch.cuda.synchronize()
@@ -204,7 +204,7 @@ def random_traffic(directory: str) -> None:
     names = ids(2048, 11)
     small = options(directory, source, cache_buffer_capacity_gb=0.03, model_id="random")
     with Store(**small) as store:
-        for round_ in range(5000):
+        for round_ in range(8200):
             number, place = int(generator.integers(2048)), int(generator.integers(256))
             if number not in saved:
                 store.save(names[[number]], source.addresses(np.array([place]))).wait(Stage.PERSISTED, 60)
