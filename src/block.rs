@@ -152,20 +152,22 @@ impl Geometry {
                 self.part_index, self.parts_owned, self.part_count
             ));
         }
-        if self.shard_bytes == 0 || self.owned_bytes() % self.shard_bytes != 0 {
+        if self.shard_bytes == 0 || !self.owned_bytes().is_multiple_of(self.shard_bytes) {
             return bad(format!(
                 "shard_size: {} does not divide block_size {}",
                 self.shard_bytes,
                 self.owned_bytes()
             ));
         }
-        if self.part_bytes % self.shard_bytes != 0 && self.shard_bytes % self.part_bytes != 0 {
+        if !self.part_bytes.is_multiple_of(self.shard_bytes)
+            && !self.shard_bytes.is_multiple_of(self.part_bytes)
+        {
             return bad(format!(
                 "shard_size: {} neither divides a part of {} bytes (block_size / parts_owned) nor covers whole parts",
                 self.shard_bytes, self.part_bytes
             ));
         }
-        if self.is_layerwise() && self.shard_bytes % PAGE as u64 != 0 {
+        if self.is_layerwise() && !self.shard_bytes.is_multiple_of(PAGE as u64) {
             return bad(format!(
                 "shard_size: {} is not a multiple of {PAGE}, which layer-wise transfers need",
                 self.shard_bytes

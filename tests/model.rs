@@ -101,7 +101,7 @@ impl Run {
     fn new(world: World) -> Self {
         let config = SimConfig {
             seed: world.seed,
-            short: (world.seed % 2 == 0).then_some(5),
+            short: world.seed.is_multiple_of(2).then_some(5),
             delay_max: Duration::from_micros(world.seed % 3 * 100),
             ..SimConfig::default()
         };

@@ -84,7 +84,7 @@ fn child() {
 
 /// Saves blocks without end, some at once and some layer by layer, and says which were PERSISTED.
 fn save_until_killed(directory: &Path, seed: u64) {
-    let layerwise = seed % 3 == 0;
+    let layerwise = seed.is_multiple_of(3);
     let durability = ["none", "ordered", "durable"][(seed % 5).min(2) as usize];
     let mut extra = vec![("durability", durability)];
     if layerwise {

@@ -66,7 +66,7 @@ impl Engine {
         self.device.is_host()
             && self.tier.is_some()
             && !geometry.is_layerwise()
-            && geometry.part_bytes % PAGE as u64 == 0
+            && geometry.part_bytes.is_multiple_of(PAGE as u64)
             && self
                 .layout
                 .pieces()

@@ -275,7 +275,7 @@ fn open_tier(config: &Config, backends: &[Arc<Backend>], deadline: Instant) -> R
         timeout: config.timeout,
         lease: config.lease,
         capacity_bytes: config.capacity_bytes,
-        gc: config.gc.clone(),
+        gc: config.gc,
     };
     let backends = backends.to_vec();
     Tier::open(

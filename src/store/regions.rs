@@ -89,7 +89,7 @@ impl Engine {
         if base.is_null() || length == 0 || address.checked_add(length).is_none() {
             return bad(format!("base, length: {address:#x}, {length} is not a range of memory"));
         }
-        if address % PAGE != 0 || length % PAGE != 0 {
+        if !address.is_multiple_of(PAGE) || !length.is_multiple_of(PAGE) {
             return bad(format!(
                 "base, length: {address:#x}, {length} are not multiples of {PAGE}"
             ));

@@ -193,12 +193,9 @@ mod tests {
             let mut previous = None;
             for id in request.hash_ids {
                 all += 1;
-                match before.insert(id, previous) {
-                    Some(other) => {
-                        seen += 1;
-                        assert_eq!(other, previous, "id {id} stands behind two different prefixes");
-                    }
-                    None => {}
+                if let Some(other) = before.insert(id, previous) {
+                    seen += 1;
+                    assert_eq!(other, previous, "id {id} stands behind two different prefixes");
                 }
                 previous = Some(id);
             }
