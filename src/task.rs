@@ -110,9 +110,33 @@ struct State {
     error: Option<Error>,
     markers: Vec<Marker>,
     waiters: usize,
+    /// What waiters were last woken for.
+    milestones: Milestones,
     retired: bool,
     copied_after: Option<Duration>,
     settled_after: Option<Duration>,
+}
+
+/// What `wait_until` may wait for: its conditions depend on nothing else of the state.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Milestones {
+    copied: bool,
+    settled: bool,
+    released: bool,
+    queued: bool,
+    failed: bool,
+}
+
+impl State {
+    fn milestones(&self) -> Milestones {
+        Milestones {
+            copied: self.uncopied == 0,
+            settled: self.unsettled == 0,
+            released: released(self),
+            queued: self.unqueued == 0,
+            failed: self.error.is_some(),
+        }
+    }
 }
 
 /// One submitted batch.
@@ -152,6 +176,7 @@ impl Task {
                 error: None,
                 markers: Vec::new(),
                 waiters: 0,
+                milestones: Milestones::default(),
                 retired: false,
                 copied_after: None,
                 settled_after: None,
@@ -253,7 +278,7 @@ impl Task {
                 state.markers.push(marker.clone());
             }
         }
-        self.wake(&state);
+        self.wake(&mut state);
     }
 
     /// Gives a claim back, with the result of the copy: for a save its COPIED, for a load its end.
@@ -414,10 +439,14 @@ impl Task {
         answer
     }
 
-    fn wake(&self, state: &State) {
-        if state.waiters > 0 {
+    /// Wakes waiters when something that one of them may wait for has come. Most changes of a large batch
+    /// are one unit of many, and waking for each costs two system calls a unit.
+    fn wake(&self, state: &mut State) {
+        let now = state.milestones();
+        if now != state.milestones && state.waiters > 0 {
             self.changed.notify_all();
         }
+        state.milestones = now;
     }
 
     fn set_copied(&self, state: &mut State, unit: u32) {
@@ -467,7 +496,7 @@ impl Task {
                 self.notify(last, state.error.clone().map_or(Ok(()), Err));
             }
         }
-        self.wake(&state);
+        self.wake(&mut state);
         let over = state.unsettled == 0 && state.held == 0;
         let retire = over && !std::mem::replace(&mut state.retired, true);
         drop(state);
