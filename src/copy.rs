@@ -6,6 +6,7 @@
 //! the device through [`Wake`](crate::device::Wake). CPU work on the bytes (checksums) runs here, next to the
 //! copy of the same bytes, and never on a reactor.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::device::{CopyJob, CopyStream, Device, Direction, Finished, Staging};
 use crate::error::{Error, Result};
+use crate::io::thread;
 use crate::parts::{PartId, Unit};
 use crate::task::Address;
 
@@ -23,6 +25,10 @@ use crate::task::Address;
 const BATCH_DEVICE: usize = 64;
 /// The same where the worker's own thread copies: the others can then share the work.
 const BATCH_HOST: usize = 1;
+
+/// Jobs that a woken worker is expected to do before another one is woken: two copies of a MiB take less
+/// than waking a thread and putting it to sleep again.
+const JOBS_A_WAKE: usize = 2;
 
 /// A copy between a unit's memory and the slot of its part.
 pub(crate) struct Copy {
@@ -73,13 +79,21 @@ pub(crate) trait Owner: Send + Sync {
 struct Queues {
     loads: VecDeque<Job>,
     saves: VecDeque<Job>,
+    /// Workers that sleep.
     idle: usize,
+    /// Of these, workers that were woken and have not looked yet.
+    waking: usize,
     stopped: bool,
 }
 
 struct Shared {
     queues: Mutex<Queues>,
     wake: Condvar,
+}
+
+thread_local! {
+    /// Jobs that the batch of this thread has brought so far, by pool.
+    static HELD: RefCell<Vec<(Arc<Shared>, Vec<Job>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The workers of one store.
@@ -131,9 +145,24 @@ impl CopyPool {
         Ok(())
     }
 
-    /// Queues jobs; one lock and at most one wake-up a job.
+    /// Queues jobs; one lock and at most one wake-up a job. Inside a batch of the calling thread, all of
+    /// the batch's jobs are queued at its end.
     pub(crate) fn push(&self, jobs: Vec<Job>) {
-        self.shared.push(jobs);
+        if !thread::in_batch() {
+            return self.shared.push(jobs);
+        }
+        HELD.with_borrow_mut(|held| {
+            match held.iter_mut().find(|(shared, _)| Arc::ptr_eq(shared, &self.shared)) {
+                Some((_, waiting)) => waiting.extend(jobs),
+                None => {
+                    held.push((Arc::clone(&self.shared), jobs));
+                    thread::after_batch(|| {
+                        let held = HELD.with_borrow_mut(std::mem::take);
+                        held.into_iter().for_each(|(shared, jobs)| shared.push(jobs));
+                    });
+                }
+            }
+        });
     }
 
     /// Lets the workers finish what is queued and in flight, and ends them.
@@ -155,13 +184,17 @@ impl Shared {
             return;
         }
         let mut queues = self.queues.lock();
-        let wake = jobs.len().min(queues.idle);
         for job in jobs {
             match job.urgency() {
                 Urgency::Load => queues.loads.push_back(job),
                 Urgency::Save => queues.saves.push_back(job),
             }
         }
+        // A reactor hands over one job after another: those that come before the first worker has looked
+        // wait for it, instead of waking the others for one job each.
+        let queued = queues.loads.len() + queues.saves.len();
+        let wake = queued.div_ceil(JOBS_A_WAKE).min(queues.idle).saturating_sub(queues.waking);
+        queues.waking += wake;
         drop(queues);
         for _ in 0..wake {
             self.wake.notify_one();
@@ -189,6 +222,7 @@ impl Shared {
             queues.idle += 1;
             self.wake.wait(&mut queues);
             queues.idle -= 1;
+            queues.waking = queues.waking.saturating_sub(1);
         }
     }
 }

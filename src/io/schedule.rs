@@ -18,6 +18,7 @@ use slab::Slab;
 use super::engine::{Ended, Io};
 use super::flights::{Failure, Flight, Flights, Settled};
 use super::report::Counters;
+use super::thread;
 use super::transfer::{Transfer, continues, describe};
 use super::{Class, DmaSlice, Done, Operation, Request};
 use crate::error::{Error, ErrorKind, Result};
@@ -417,16 +418,19 @@ impl Schedule {
 
     /// Calls the `done` of what has ended, with nothing locked or borrowed. One that panics is an error.
     pub(super) fn call_ended(&mut self) -> Result<()> {
-        let mut outcome = Ok(());
-        for (done, result) in self.ended.drain(..) {
-            if catch_unwind(AssertUnwindSafe(|| done(result))).is_err() {
-                outcome = Err(Error::new(
-                    ErrorKind::Internal,
-                    "a callback panicked on an I/O thread; this is a defect in UCM. \
-                     Close the store and open it again",
-                ));
+        let ended = &mut self.ended;
+        thread::batch(|| {
+            let mut outcome = Ok(());
+            for (done, result) in ended.drain(..) {
+                if catch_unwind(AssertUnwindSafe(|| done(result))).is_err() {
+                    outcome = Err(Error::new(
+                        ErrorKind::Internal,
+                        "a callback panicked on an I/O thread; this is a defect in UCM. \
+                         Close the store and open it again",
+                    ));
+                }
             }
-        }
-        outcome
+            outcome
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! Threads of the I/O rooms: named, with every signal blocked (handlers belong to the host program's own
 //! threads), pinned where configured, and known to be reactors where they are.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -22,6 +22,57 @@ pub fn is_reactor() -> bool {
 /// Marks the current thread as a reactor.
 pub fn mark_reactor() {
     IS_REACTOR.with(|mark| mark.set(true));
+}
+
+/// What is left for the end of a batch.
+type Deferred = Box<dyn FnOnce()>;
+
+thread_local! {
+    /// How many batches the current thread is in, one inside the other, and what it left for their end.
+    static BATCH: (Cell<usize>, RefCell<Vec<Deferred>>) =
+        const { (Cell::new(0), RefCell::new(Vec::new())) };
+}
+
+/// Runs `body`, which does many small things of a kind: the ends of all transfers that a ring brought, the
+/// units of a task. What each leaves with [`after_batch`] runs once all are done, so that another thread
+/// is woken once and not for each.
+pub fn batch<T>(body: impl FnOnce() -> T) -> T {
+    /// Ends the batch also when `body` panics.
+    struct Batch;
+    impl Drop for Batch {
+        fn drop(&mut self) {
+            let depth = BATCH.with(|(depth, _)| {
+                depth.set(depth.get() - 1);
+                depth.get()
+            });
+            while depth == 0 {
+                // Taken out one list at a time: what runs may begin batches of its own.
+                let deferred =
+                    BATCH.with(|(_, deferred)| std::mem::take(&mut *deferred.borrow_mut()));
+                if deferred.is_empty() {
+                    break;
+                }
+                deferred.into_iter().for_each(|job| job());
+            }
+        }
+    }
+    BATCH.with(|(depth, _)| depth.set(depth.get() + 1));
+    let _batch = Batch;
+    body()
+}
+
+/// Whether the current thread is in a batch.
+pub fn in_batch() -> bool {
+    BATCH.with(|(depth, _)| depth.get() > 0)
+}
+
+/// Runs `job` on this thread when its batch ends; at once where it is in none.
+pub fn after_batch(job: impl FnOnce() + 'static) {
+    if in_batch() {
+        BATCH.with(|(_, deferred)| deferred.borrow_mut().push(Box::new(job)));
+    } else {
+        job();
+    }
 }
 
 /// Starts a thread called `name` (the kernel keeps 15 bytes of it) with all signals blocked.
@@ -77,5 +128,37 @@ impl Drop for SignalsBlocked {
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+
+    /// What is left for the end runs once, after the outermost batch, in order, also after a panic.
+    #[test]
+    fn deferred_jobs_run_after_the_outermost_batch() {
+        let log = Rc::new(RefCell::new(Vec::new()));
+        let note = |what: &'static str| {
+            let log = Rc::clone(&log);
+            move || log.borrow_mut().push(what)
+        };
+        after_batch(note("at once"));
+        batch(|| {
+            after_batch(note("first"));
+            batch(|| after_batch(note("second")));
+            assert_eq!(*log.borrow(), ["at once"]);
+        });
+        assert_eq!(*log.borrow(), ["at once", "first", "second"]);
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            batch(|| {
+                after_batch(note("third"));
+                panic!("on purpose");
+            })
+        }));
+        assert!(panicked.is_err() && !in_batch());
+        assert_eq!(log.borrow().last(), Some(&"third"));
     }
 }

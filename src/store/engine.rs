@@ -21,7 +21,7 @@ use crate::device::{Device, Direction, Staging};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::Backend;
-use crate::io::{Class, DmaSlice};
+use crate::io::{Class, DmaSlice, thread};
 use crate::layout::Layout;
 use crate::log::{self, Level};
 use crate::mem::arena::Arena;
@@ -86,9 +86,11 @@ impl Engine {
 
     /// Takes an event to the part table and carries out what it decides.
     pub(super) fn event<T>(&self, event: impl FnOnce(&mut Parts, &mut Vec<Action>) -> T) -> T {
-        let (answer, jobs) = self.event_jobs(event);
-        self.pool.push(jobs);
-        answer
+        thread::batch(|| {
+            let (answer, jobs) = self.event_jobs(event);
+            self.pool.push(jobs);
+            answer
+        })
     }
 
     /// As `event`, for a copy worker: returns the jobs that follow, for it to do itself.
