@@ -1,0 +1,105 @@
+//! Instructions of the paths that every block takes: they repeat exactly where times do not.
+//!
+//! `cargo bench --bench instructions` runs each case under callgrind (`apt-get install valgrind`) and compares
+//! with `benches/instructions.txt`; `-- --save` writes that file. Under `cargo test` each case runs once, on
+//! small data and without valgrind. Counts are of this thread alone, so of store cases they are the caller's.
+
+mod cases;
+
+use std::collections::BTreeMap;
+use std::process::{Command, ExitCode};
+
+use cases::Scale;
+
+/// Where counts are kept.
+const BASELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.txt");
+/// Runs that are counted, after as many that are not.
+const RUNS: u64 = 16;
+/// A change that is worth a mark, in percent.
+const WORTH_A_MARK: f64 = 3.0;
+
+/// What callgrind counts: everything below this name.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn ucm_counted_runs(case: &mut cases::Case) {
+    (0..RUNS).for_each(|_| (case.run)());
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--case") {
+        return one(&arguments[at + 1]);
+    }
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        cases::all(Scale::Small).iter_mut().for_each(|case| (case.run)());
+        println!("instructions: every case ran once");
+        return ExitCode::SUCCESS;
+    }
+    let save = arguments.iter().any(|argument| argument == "--save");
+    let known = baseline();
+    let mut lines = String::new();
+    println!("{:<42}{:>16}{:>14}{:>10}", "case", "instructions", "per item", "change");
+    for case in cases::all(Scale::Small) {
+        let counted = match count(case.name) {
+            Ok(counted) => counted,
+            Err(message) => {
+                eprintln!("{message}");
+                return ExitCode::FAILURE;
+            }
+        };
+        let run = counted as f64 / RUNS as f64;
+        let change = known.get(case.name).map(|before| (run / before - 1.0) * 100.0);
+        let mark = change.filter(|change| change.abs() >= WORTH_A_MARK).map_or("", |_| "  <--");
+        println!(
+            "{:<42}{run:>16.0}{:>14.2}{:>10}{mark}",
+            case.name,
+            run / case.items as f64,
+            change.map_or("new".into(), |change| format!("{change:+.2} %")),
+        );
+        lines += &format!("{run:.0}\t{}\n", case.name);
+    }
+    if save {
+        if let Err(error) = std::fs::write(BASELINE, lines) {
+            eprintln!("{BASELINE}: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// In the child: warms up uncounted, then runs counted.
+fn one(name: &str) -> ExitCode {
+    for mut case in cases::all(Scale::Small) {
+        if case.name == name {
+            (0..RUNS).for_each(|_| (case.run)());
+            ucm_counted_runs(&mut case);
+            return ExitCode::SUCCESS;
+        }
+    }
+    ExitCode::FAILURE
+}
+
+/// Instructions of all counted runs of a case.
+fn count(name: &str) -> Result<u64, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg("--toggle-collect=ucm_counted_runs")
+        .arg(program)
+        .args(["--case", name])
+        .output()
+        .map_err(|error| format!("valgrind: {error}; apt-get install valgrind"))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    text.lines()
+        .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok())
+        .ok_or_else(|| format!("callgrind counted nothing for `{name}`:\n{text}"))
+}
+
+fn baseline() -> BTreeMap<String, f64> {
+    let text = std::fs::read_to_string(BASELINE).unwrap_or_default();
+    let parse = |line: &str| {
+        let (count, name) = line.split_once('\t')?;
+        Some((name.to_owned(), count.parse().ok()?))
+    };
+    text.lines().filter_map(parse).collect()
+}
