@@ -58,11 +58,9 @@ fn main() -> ExitCode {
         );
         lines += &format!("{run:.0}\t{}\n", case.name);
     }
-    if save {
-        if let Err(error) = std::fs::write(BASELINE, lines) {
-            eprintln!("{BASELINE}: {error}");
-            return ExitCode::FAILURE;
-        }
+    if save && let Err(error) = std::fs::write(BASELINE, lines) {
+        eprintln!("{BASELINE}: {error}");
+        return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
 }

@@ -45,12 +45,15 @@ pub fn batch<T>(body: impl FnOnce() -> T) -> T {
                 depth.set(depth.get() - 1);
                 depth.get()
             });
-            while depth == 0 {
+            if depth > 0 {
+                return;
+            }
+            loop {
                 // Taken out one list at a time: what runs may begin batches of its own.
                 let deferred =
                     BATCH.with(|(_, deferred)| std::mem::take(&mut *deferred.borrow_mut()));
                 if deferred.is_empty() {
-                    break;
+                    return;
                 }
                 deferred.into_iter().for_each(|job| job());
             }
