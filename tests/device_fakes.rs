@@ -139,10 +139,14 @@ fn round_trips_are_exact() {
 #[test]
 fn each_call_fails_once() {
     const STATUS: i32 = 2;
+    // A round trip makes some hundred calls, most of them alike. Every one is failed on request; else one
+    // in so many, another one for each kind.
+    const STEP: usize = 31;
+    let step = if std::env::var_os("UCM_TEST_EXHAUSTIVE").is_some() { 1 } else { STEP };
     // Calibration makes thousands of like calls: it is left out.
-    for &kind in ALL.iter().filter(|kind| !kind.strategy.is_empty()) {
+    for (index, &kind) in ALL.iter().filter(|kind| !kind.strategy.is_empty()).enumerate() {
         let mut failures = 0;
-        for nth in 1i64.. {
+        for nth in (1 + index as i64..).step_by(step) {
             let fake = Fake::take(kind);
             fake.fail(nth, STATUS, false);
             let result = round_trip(&fake, nth as usize, 10);
@@ -159,7 +163,8 @@ fn each_call_fails_once() {
                 assert_eq!(fake.depth(), 0, "{call}: a context was left on the caller's stack");
             }
         }
-        assert!(failures > 10, "{kind:?}: only {failures} calls were failed");
+        println!("{kind:?}: {failures} calls were failed, one in {step}");
+        assert!(failures > 0, "{kind:?}: no call was failed");
     }
 }
 
