@@ -94,6 +94,12 @@ impl StatusCounter {
     pub fn get(&self, failure: Option<ErrorKind>) -> u64 {
         self.0[status_index(failure)].get()
     }
+
+    /// How many entries ended otherwise than well.
+    pub fn failures(&self) -> u64 {
+        let [_, failed @ ..] = &self.0;
+        failed.iter().map(Counter::get).sum()
+    }
 }
 
 fn status_index(failure: Option<ErrorKind>) -> usize {

@@ -4,7 +4,7 @@
 mod common;
 
 use std::ffi::c_void;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -62,19 +62,6 @@ fn save_layer(store: &Store, number: u64, layer: usize) -> Arc<ucm::task::Task> 
     let _ = task.wait(Stage::Copied, WAIT);
     done(&task, Stage::Released);
     task
-}
-
-fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(directory).unwrap().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            found.extend(files(&path, part));
-        } else if path.to_str().unwrap().contains(part) {
-            found.push(path);
-        }
-    }
-    found
 }
 
 /// Goal: a block whose last-numbered layer came first is not there until all layers are.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,20 +40,6 @@ fn is_present(store: &Store, number: u64) -> bool {
     let mut found = [9];
     store.lookup(&[id(number)], &mut found).unwrap();
     found[0] == 1
-}
-
-/// Files below `directory` whose path has `part` in it.
-fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(directory).unwrap().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            found.extend(files(&path, part));
-        } else if path.to_str().unwrap().contains(part) {
-            found.push(path);
-        }
-    }
-    found
 }
 
 /// Goal: for every pipeline and engine, a store opened later and one that was open before both load what

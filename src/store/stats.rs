@@ -6,7 +6,6 @@ use std::time::Instant;
 use super::engine::Engine;
 use crate::error::ErrorKind;
 use crate::io::report::Report;
-use crate::metrics::StatusCounter;
 use crate::task::{Kind, Task};
 
 /// Counters since open, and gauges of now.
@@ -60,25 +59,6 @@ pub struct Stats {
     pub backends: Vec<Report>,
 }
 
-/// Every way in which an entry may fail.
-const FAILURES: [ErrorKind; 15] = [
-    ErrorKind::InvalidArgument,
-    ErrorKind::InvalidConfig,
-    ErrorKind::NotFound,
-    ErrorKind::Corrupt,
-    ErrorKind::Io,
-    ErrorKind::NoSpace,
-    ErrorKind::OutOfMemory,
-    ErrorKind::Timeout,
-    ErrorKind::Busy,
-    ErrorKind::Cancelled,
-    ErrorKind::Unsupported,
-    ErrorKind::Device,
-    ErrorKind::Permission,
-    ErrorKind::Closed,
-    ErrorKind::Internal,
-];
-
 impl Engine {
     pub(super) fn count_lookup(&self, begun: Instant, asked: u64, hits: u64) {
         self.metrics.lookup_blocks.add(asked);
@@ -114,15 +94,13 @@ impl Engine {
     pub(super) fn stats(&self) -> Stats {
         self.update_metrics();
         let metrics = &self.metrics;
-        let failed =
-            |counter: &StatusCounter| FAILURES.iter().map(|kind| counter.get(Some(*kind))).sum();
         Stats {
             lookups: metrics.lookup_blocks.get(),
             lookup_hits: metrics.lookup_hits.get(),
             loads_ok: metrics.load_entries.get(None),
-            loads_failed: failed(&metrics.load_entries),
+            loads_failed: metrics.load_entries.failures(),
             saves_ok: metrics.save_entries.get(None),
-            saves_failed: failed(&metrics.save_entries),
+            saves_failed: metrics.save_entries.failures(),
             load_bytes: metrics.load_bytes.get(),
             save_bytes: metrics.save_bytes.get(),
             cache_hits: metrics.cache_hits.get(),

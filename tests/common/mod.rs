@@ -3,6 +3,7 @@
 #![allow(dead_code, missing_docs)]
 
 use std::ffi::c_void;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -252,4 +253,18 @@ pub fn load_blocks(store: &Store, numbers: &[u64], block: usize) -> Vec<(u64, Er
         }
     }
     failed
+}
+
+/// Files below `directory` whose path has `part` in it.
+pub fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files(&path, part));
+        } else if path.to_str().unwrap().contains(part) {
+            found.push(path);
+        }
+    }
+    found
 }
