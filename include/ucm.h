@@ -699,6 +699,22 @@ ucm_status_t ucm_store_open(const ucm_options_t *options,
 void ucm_store_close(ucm_store_t *store);
 
 /**
+ * Brings the index up to date with all writers: what was PERSISTED anywhere before the call is found after it.
+ *
+ * Blocks while manifests are read; concurrent callers share one refresh.
+ *
+ * @param store handle
+ * @param timeout_ms the longest wait in milliseconds; 0: the store's timeout_ms; < 0: no limit
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_TIMEOUT (the refresh goes on), UCM_STATUS_IO (no directory can be read),
+ *         UCM_STATUS_INVALID_ARGUMENT (no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_store_refresh(ucm_store_t *store,
+                               int64_t timeout_ms);
+
+/**
  * Tells which blocks are present: all their parts are stored, or are in this host's Cache tier.
  *
  * Answers from memory, and does no I/O on this thread. Where the index is older than lookup_refresh_ms it
@@ -837,90 +853,6 @@ ucm_status_t ucm_load(ucm_store_t *store,
                       ucm_task_t **task);
 
 /**
- * A descriptor that is readable while completions wait for ucm_store_reap: for poll, epoll, asyncio.
- *
- * Does not block. The descriptor stays the store's: do not read, write or close it. It is closed by
- * ucm_store_close: take it out of your event loop before.
- *
- * @param store handle
- * @return the descriptor; -1 on failure (ucm_last_error says why)
- * @since 0.1
- */
-int32_t ucm_store_completion_fd(ucm_store_t *store);
-
-/**
- * Takes completions of tasks that were submitted with a NOTIFY flag, oldest first.
- *
- * Does not block. When a wait for a stage has returned, the stage's completion is there. The task handles are borrowed: they are those that ucm_save and ucm_load gave out, and
- * are still to be freed, once each. ucm_task_free takes a task's completions off the queue.
- *
- * @param store handle
- * @param completions receives up to capacity completions; may be NULL when capacity is 0
- * @param capacity 0 to UCM_COUNT_MAX
- * @param count receives how many were taken; 0 on failure, and when none waits
- * @return UCM_STATUS_OK (also when none waits), or
- *         UCM_STATUS_INVALID_ARGUMENT (NULL, misaligned, capacity too large, no handle), UCM_STATUS_CLOSED
- * @since 0.1
- */
-UCM_NODISCARD
-ucm_status_t ucm_store_reap(ucm_store_t *store,
-                            ucm_completion_t *completions,
-                            size_t capacity,
-                            size_t *count);
-
-/**
- * Brings the index up to date with all writers: what was PERSISTED anywhere before the call is found after it.
- *
- * Blocks while manifests are read; concurrent callers share one refresh.
- *
- * @param store handle
- * @param timeout_ms the longest wait in milliseconds; 0: the store's timeout_ms; < 0: no limit
- * @return UCM_STATUS_OK, or
- *         UCM_STATUS_TIMEOUT (the refresh goes on), UCM_STATUS_IO (no directory can be read),
- *         UCM_STATUS_INVALID_ARGUMENT (no handle), UCM_STATUS_CLOSED
- * @since 0.1
- */
-UCM_NODISCARD
-ucm_status_t ucm_store_refresh(ucm_store_t *store,
-                               int64_t timeout_ms);
-
-/**
- * Lets the engine copy straight from and to host memory, without a bounce through its arena, where
- * alignment and a local file system allow. A refusal by the system only costs speed; the log tells it.
- *
- * Blocks while pages are pinned. The memory must stay mapped until ucm_memory_unregister or
- * ucm_store_close has returned.
- *
- * @param store handle
- * @param base first byte, a multiple of 4096
- * @param length bytes, a multiple of 4096
- * @return UCM_STATUS_OK, or
- *         UCM_STATUS_INVALID_ARGUMENT (NULL, 0, not a multiple of 4096, overlaps registered memory, no handle),
- *         UCM_STATUS_OUT_OF_MEMORY, UCM_STATUS_UNSUPPORTED, UCM_STATUS_CLOSED
- * @since 0.1
- */
-UCM_NODISCARD
-ucm_status_t ucm_memory_register(ucm_store_t *store,
-                                 void *base,
-                                 size_t length);
-
-/**
- * Ends ucm_memory_register: the engine forgets the memory.
- *
- * Does not wait for tasks that use the memory.
- *
- * @param store handle
- * @param base as it was given to ucm_memory_register
- * @return UCM_STATUS_OK, or
- *         UCM_STATUS_BUSY (a task that has not reached RELEASED uses the memory),
- *         UCM_STATUS_INVALID_ARGUMENT (NULL, not the base of registered memory, no handle), UCM_STATUS_CLOSED
- * @since 0.1
- */
-UCM_NODISCARD
-ucm_status_t ucm_memory_unregister(ucm_store_t *store,
-                                   void *base);
-
-/**
  * Tells whether a task has reached a stage.
  *
  * Does not block.
@@ -1026,6 +958,75 @@ ucm_status_t ucm_task_cancel(ucm_task_t *task);
  * @since 0.1
  */
 void ucm_task_free(ucm_task_t *task);
+
+/**
+ * A descriptor that is readable while completions wait for ucm_store_reap: for poll, epoll, asyncio.
+ *
+ * Does not block. The descriptor stays the store's: do not read, write or close it. It is closed by
+ * ucm_store_close: take it out of your event loop before.
+ *
+ * @param store handle
+ * @return the descriptor; -1 on failure (ucm_last_error says why)
+ * @since 0.1
+ */
+int32_t ucm_store_completion_fd(ucm_store_t *store);
+
+/**
+ * Takes completions of tasks that were submitted with a NOTIFY flag, oldest first.
+ *
+ * Does not block. When a wait for a stage has returned, the stage's completion is there. The task handles
+ * are borrowed: they are those that ucm_save and ucm_load gave out, and are still to be freed, once each.
+ * ucm_task_free takes a task's completions off the queue.
+ *
+ * @param store handle
+ * @param completions receives up to capacity completions; may be NULL when capacity is 0
+ * @param capacity 0 to UCM_COUNT_MAX
+ * @param count receives how many were taken; 0 on failure, and when none waits
+ * @return UCM_STATUS_OK (also when none waits), or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, misaligned, capacity too large, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_store_reap(ucm_store_t *store,
+                            ucm_completion_t *completions,
+                            size_t capacity,
+                            size_t *count);
+
+/**
+ * Lets the engine copy straight from and to host memory, without a bounce through its arena, where
+ * alignment and a local file system allow. A refusal by the system only costs speed; the log tells it.
+ *
+ * Blocks while pages are pinned. The memory must stay mapped until ucm_memory_unregister or
+ * ucm_store_close has returned.
+ *
+ * @param store handle
+ * @param base first byte, a multiple of 4096
+ * @param length bytes, a multiple of 4096
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, 0, not a multiple of 4096, overlaps registered memory, no handle),
+ *         UCM_STATUS_OUT_OF_MEMORY, UCM_STATUS_UNSUPPORTED, UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_memory_register(ucm_store_t *store,
+                                 void *base,
+                                 size_t length);
+
+/**
+ * Ends ucm_memory_register: the engine forgets the memory.
+ *
+ * Does not wait for tasks that use the memory.
+ *
+ * @param store handle
+ * @param base as it was given to ucm_memory_register
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_BUSY (a task that has not reached RELEASED uses the memory),
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, not the base of registered memory, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_memory_unregister(ucm_store_t *store,
+                                   void *base);
 
 /**
  * The block ids of a token sequence: one for each full block, chained from parent.

@@ -3,11 +3,12 @@
 use std::ffi::c_void;
 
 use super::boundary::enter;
+use super::lookup::ucm_block_id_t;
 use super::pointers::{
     UCM_BYTES_MAX, UCM_COUNT_MAX, UCM_TOKENS_MAX, check, invalid, put, slice, slice_mut,
 };
 use super::status::ucm_status_t;
-use super::store::{store_of, ucm_block_id_t, ucm_store_t};
+use super::store::{store_of, ucm_store_t};
 use crate::block::BlockId;
 use crate::error::Result;
 use crate::store::Store;

@@ -14,8 +14,12 @@ mod boundary;
 mod handles;
 mod pointers;
 
+pub mod batch;
+pub mod completion;
 pub mod hash;
 pub mod log;
+pub mod lookup;
+pub mod memory;
 pub mod options;
 pub mod stats;
 pub mod status;
@@ -25,7 +29,10 @@ pub mod task;
 /// Sizes and offsets that programs were compiled with: a change here is a change of the ABI. The same
 /// numbers are asserted in C by `ffi-tests/abi_layout.c`.
 mod layout {
-    use super::{stats::ucm_stats, store::ucm_batch, store::ucm_block_id, task::ucm_completion};
+    use super::batch::ucm_batch;
+    use super::completion::ucm_completion;
+    use super::lookup::ucm_block_id;
+    use super::stats::ucm_stats;
     use std::mem::{align_of, offset_of, size_of};
 
     const _: () = {

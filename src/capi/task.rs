@@ -1,4 +1,4 @@
-//! `ucm_task_t`: poll, wait, statuses, cancel, free, and the completions that name tasks.
+//! `ucm_task_t`: poll, wait, statuses, cancel, free.
 
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,6 @@ use super::handles::{Kind, Registry, Token};
 use super::pointers::{UCM_COUNT_MAX, invalid, slice_mut};
 use super::status::{UCM_STATUS_OK, UCM_STATUS_PENDING, status_of, ucm_status_t};
 use super::store::store_of;
-use crate::completion::Completion;
 use crate::error::Result;
 use crate::store::Store;
 use crate::task::{Progress, Stage, Task};
@@ -30,25 +29,6 @@ pub const UCM_STAGE_LOADED: u32 = 3;
 /// Stage of every task: engine, kernel and device never touch the batch's memory again. UCM_STATUS_TIMEOUT
 /// and UCM_STATUS_CANCELLED do not imply it.
 pub const UCM_STAGE_RELEASED: u32 = 4;
-
-/// A task that reached a stage, or failed to.
-///
-/// @since 0.1
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct ucm_completion {
-    /// The task; borrowed.
-    pub task: *mut ucm_task_t,
-    /// The batch's user_data.
-    pub user_data: u64,
-    /// UCM_STAGE_COPIED, UCM_STAGE_PERSISTED or UCM_STAGE_LOADED.
-    pub stage: u32,
-    /// UCM_STATUS_OK, or the task's first error.
-    pub status: ucm_status_t,
-}
-
-/// @since 0.1
-pub type ucm_completion_t = ucm_completion;
 
 /// A task's handle exists before the task, because a completion may be reaped before submit returns.
 #[derive(Clone)]
@@ -111,16 +91,9 @@ pub(super) fn end_tasks_of(store: Token) {
     drop(TASKS.remove_all(|entry| entry.store == store));
 }
 
-/// A completion for C; `None` if its task was freed.
-pub(super) fn completion_of(completion: &Completion) -> Option<ucm_completion> {
-    let token = Token::from_number(completion.tag);
-    TASKS.with(token, |_| ()).ok()?;
-    Some(ucm_completion {
-        task: token.to_pointer(),
-        user_data: completion.user_data,
-        stage: completion.stage as u32,
-        status: completion.result.as_ref().map_or_else(status_of, |()| UCM_STATUS_OK),
-    })
+/// Whether a handle still stands for a task.
+pub(super) fn is_live(task: Token) -> bool {
+    TASKS.with(task, |_| ()).is_ok()
 }
 
 fn stage_of(stage: u32) -> Result<Stage> {

@@ -6,8 +6,20 @@ use std::path::Path;
 use crate::Outcome;
 
 /// The files of `src/capi` that have public items, in the order in which the header has them.
-const SOURCES: &[&str] =
-    &["status", "pointers", "options", "store", "task", "hash", "stats", "log"];
+const SOURCES: &[&str] = &[
+    "status",
+    "pointers",
+    "options",
+    "store",
+    "lookup",
+    "batch",
+    "task",
+    "completion",
+    "memory",
+    "hash",
+    "stats",
+    "log",
+];
 
 const HEADER: &str = "include/ucm.h";
 const SYMBOLS: &str = "include/symbols.txt";

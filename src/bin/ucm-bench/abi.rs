@@ -9,7 +9,10 @@ use std::time::Duration;
 
 /// The functions of `ucm.h`, flat as a C program sees them.
 mod capi {
-    pub use ucm::capi::{hash::*, options::*, stats::*, status::*, store::*, task::*};
+    pub use ucm::capi::{
+        batch::*, completion::*, hash::*, lookup::*, memory::*, options::*, stats::*, status::*,
+        store::*, task::*,
+    };
 }
 
 /// A status other than OK, with the message the library gave for it.
