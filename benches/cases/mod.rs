@@ -11,11 +11,10 @@ use std::hint::black_box;
 use ucm::block::{BlockId, PartKey};
 use ucm::cache::policy::S3Fifo;
 use ucm::cache::slots::Slots;
+use ucm::capi::batch::{ucm_batch_t, ucm_load, ucm_save};
+use ucm::capi::lookup::{ucm_block_id_t, ucm_lookup};
 use ucm::capi::options::{ucm_options_free, ucm_options_new, ucm_options_set};
-use ucm::capi::store::{
-    ucm_batch_t, ucm_block_id_t, ucm_load, ucm_lookup, ucm_save, ucm_store_close, ucm_store_open,
-    ucm_store_t,
-};
+use ucm::capi::store::{ucm_store_close, ucm_store_open, ucm_store_t};
 use ucm::capi::task::{ucm_task_free, ucm_task_t, ucm_task_wait};
 use ucm::io::DmaSlice;
 use ucm::posix::checksum::Identity;
