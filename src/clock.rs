@@ -1,115 +1,119 @@
-//! The clock: one thread that calls back when deadlines pass, parked without a timer while there are none.
+//! The clock: one thread that runs short jobs later (deadlines of tasks and of waiters, heartbeats).
 //!
-//! It knows nothing of what its alarms do; they must be short. Deadlines of tasks that ended in time are
-//! dropped when they come up: they hold a weak reference only.
+//! It starts with the first job and sleeps until the next one is due, so an idle store never wakes it. It knows
+//! nothing of what the jobs do.
 
 #![forbid(unsafe_code)]
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Deadlines that pass within this are handled together.
-const GRAIN: Duration = Duration::from_millis(1);
-
-type Alarm = Box<dyn FnOnce() + Send>;
-
-struct Entry {
-    at: Instant,
-    alarm: Alarm,
-}
-
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        self.at == other.at
-    }
-}
-impl Eq for Entry {}
-impl PartialOrd for Entry {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Entry {
-    // The heap's top is the earliest deadline.
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.at.cmp(&self.at)
-    }
-}
+type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
-    alarms: BinaryHeap<Entry>,
+    /// By time, then by order of arrival.
+    jobs: BTreeMap<(Instant, u64), Job>,
+    arrivals: u64,
     thread: Option<JoinHandle<()>>,
-    stopped: bool,
+    closed: bool,
 }
 
-/// A queue of alarms and the thread that rings them, started with the first.
-#[derive(Clone, Default)]
-pub struct Clock(Arc<(Mutex<State>, Condvar)>);
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// A job that waits for its time.
+pub struct Ticket((Instant, u64));
+
+/// Runs jobs at their time. Jobs must not block: they hand blocking work to a path pool.
+#[derive(Default)]
+pub struct Clock(Arc<Inner>);
 
 impl Clock {
-    /// Calls `alarm` on the clock's thread at `at`, or soon after. After `stop` it does nothing.
-    pub fn at(&self, at: Instant, alarm: impl FnOnce() + Send + 'static) {
-        let (state, changed) = &*self.0;
-        let mut state = state.lock();
-        if state.stopped {
-            return;
+    /// Runs `job` at `when`, or soon after. Jobs that wait when the clock is dropped are dropped.
+    pub fn at(&self, when: Instant, job: impl FnOnce() + Send + 'static) -> Ticket {
+        let mut state = self.0.state.lock();
+        state.arrivals += 1;
+        let key = (when, state.arrivals);
+        if state.closed {
+            return Ticket(key);
         }
-        let earliest = state.alarms.peek().is_none_or(|first| at < first.at);
-        state.alarms.push(Entry { at, alarm: Box::new(alarm) });
+        state.jobs.insert(key, Box::new(job));
         if state.thread.is_none() {
-            let shared = Arc::clone(&self.0);
+            let inner = Arc::clone(&self.0);
             let thread = std::thread::Builder::new().name("ucm-clock".into());
-            state.thread = thread.spawn(move || run(&shared)).ok();
-        } else if earliest {
-            changed.notify_one();
+            match thread.spawn(move || inner.run()) {
+                Ok(thread) => state.thread = Some(thread),
+                Err(error) => crate::log::warning(format_args!(
+                    "no thread for deadlines: {error}; raise the limit on threads (ulimit -u)"
+                )),
+            }
+        } else if state.jobs.first_key_value().is_some_and(|(first, _)| *first == key) {
+            self.0.changed.notify_one();
         }
+        Ticket(key)
     }
 
-    /// Drops all alarms and ends the thread.
+    /// Drops a job that has not run yet.
+    pub fn cancel(&self, ticket: Ticket) {
+        let job = self.0.state.lock().jobs.remove(&ticket.0);
+        drop(job);
+    }
+
+    /// Drops the jobs that wait and ends the thread; waits for its end, unless it is the caller. Jobs that
+    /// come later are dropped.
     pub fn stop(&self) {
-        let (state, changed) = &*self.0;
-        let (thread, alarms) = {
-            let mut state = state.lock();
-            state.stopped = true;
-            changed.notify_one();
-            (state.thread.take(), std::mem::take(&mut state.alarms))
-        };
-        drop(alarms);
-        // An alarm may drop the last reference to what owns this clock: then it cannot wait for itself.
-        if let Some(thread) =
-            thread.filter(|thread| thread.thread().id() != std::thread::current().id())
-        {
+        // A job may drop the last reference to what owns this clock: it cannot wait for itself.
+        let this = std::thread::current().id();
+        if let Some(thread) = self.end().filter(|thread| thread.thread().id() != this) {
             let _ = thread.join();
         }
     }
+
+    fn end(&self) -> Option<JoinHandle<()>> {
+        let mut state = self.0.state.lock();
+        state.closed = true;
+        self.0.changed.notify_one();
+        let jobs = std::mem::take(&mut state.jobs);
+        let thread = state.thread.take();
+        drop(state);
+        drop(jobs);
+        thread
+    }
 }
 
-fn run((state, changed): &(Mutex<State>, Condvar)) {
-    let mut due: Vec<Alarm> = Vec::new();
-    let mut guard = state.lock();
-    loop {
-        if guard.stopped {
-            return;
-        }
-        let now = Instant::now() + GRAIN;
-        while guard.alarms.peek().is_some_and(|first| first.at <= now) {
-            due.extend(guard.alarms.pop().map(|entry| entry.alarm));
-        }
-        if !due.is_empty() {
-            parking_lot::MutexGuard::unlocked(&mut guard, || {
-                due.drain(..).for_each(|alarm| alarm())
-            });
-            continue;
-        }
-        match guard.alarms.peek().map(|first| first.at) {
-            Some(at) => drop(changed.wait_until(&mut guard, at)),
-            None => changed.wait(&mut guard),
+impl Drop for Clock {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Inner {
+    fn run(&self) {
+        let mut state = self.state.lock();
+        while !state.closed {
+            match state.jobs.first_key_value().map(|((when, _), _)| *when) {
+                None => self.changed.wait(&mut state),
+                Some(when) if when > Instant::now() => {
+                    self.changed.wait_until(&mut state, when);
+                }
+                Some(_) => {
+                    let job = state.jobs.pop_first();
+                    drop(state);
+                    if let Some((_, job)) = job {
+                        // A defect in one job must not take the deadlines of all others with it.
+                        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+                    }
+                    state = self.state.lock();
+                }
+            }
         }
     }
 }
@@ -118,21 +122,23 @@ fn run((state, changed): &(Mutex<State>, Condvar)) {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+    use std::time::Duration;
 
-    /// Goal: alarms ring in the order of their deadlines, whatever the order of the calls.
+    /// Goal: jobs run in the order of their times, none runs early, and none that was cancelled.
     #[test]
-    fn rings_in_order_of_deadlines() {
+    fn jobs_run_in_order_of_time_unless_cancelled() {
         let clock = Clock::default();
-        let (sender, receiver) = mpsc::channel();
         let start = Instant::now();
-        for delay in [60u64, 20, 40] {
+        let (sender, receiver) = mpsc::channel();
+        let tickets = [30u64, 10, 15, 20].map(|wait| {
             let sender = sender.clone();
-            clock.at(start + Duration::from_millis(delay), move || sender.send(delay).unwrap());
-        }
-        let rung: Vec<u64> =
-            (0..3).map(|_| receiver.recv_timeout(Duration::from_secs(5)).unwrap()).collect();
-        assert_eq!(rung, [20, 40, 60]);
-        assert!(start.elapsed() >= Duration::from_millis(59));
+            let due = start + Duration::from_millis(wait);
+            clock.at(due, move || sender.send((wait, Instant::now() >= due)).unwrap())
+        });
+        let [_, _, cancelled, _] = tickets;
+        clock.cancel(cancelled);
+        let order: Vec<(u64, bool)> = receiver.iter().take(3).collect();
+        assert_eq!(order, [(10, true), (20, true), (30, true)]);
         clock.stop();
     }
 }

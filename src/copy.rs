@@ -4,7 +4,11 @@
 //! go first. A worker hands every job it has to the device at once, so that a device which batches
 //! copies can, and parks when it has neither jobs nor copies to wait for: it is woken by a new job, or by
 //! the device through [`Wake`](crate::device::Wake). CPU work on the bytes (checksums) runs here, next to the
-//! copy of the same bytes, and never on a reactor.
+//! copy of the same bytes. What follows from a worker's job is done next by the same worker, which has the bytes
+//! in its cache.
+//!
+//! A reactor hands what it has read to the workers, except where that costs more than the work: small jobs
+//! of the host device it does itself ([`CopyPool::run_here`]).
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -94,19 +98,23 @@ struct Shared {
 thread_local! {
     /// Jobs that the batch of this thread has brought so far, by pool.
     static HELD: RefCell<Vec<(Arc<Shared>, Vec<Job>)>> = const { RefCell::new(Vec::new()) };
+    /// While this thread works for a pool: the pool, and the jobs that its work has brought.
+    static BROUGHT: RefCell<Option<(Arc<Shared>, Vec<Job>)>> = const { RefCell::new(None) };
 }
 
 /// The workers of one store.
 pub(crate) struct CopyPool {
     shared: Arc<Shared>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+    /// The one that has no thread, for `run_here`; only where the device copies with the caller's thread.
+    guest: Mutex<Option<Worker>>,
 }
 
 impl CopyPool {
     /// A pool without threads yet: `start` gives it some.
     pub(crate) fn new() -> Self {
         let shared = Shared { queues: Mutex::new(Queues::default()), wake: Condvar::new() };
-        Self { shared: Arc::new(shared), workers: Mutex::new(Vec::new()) }
+        Self { shared: Arc::new(shared), workers: Mutex::new(Vec::new()), guest: Mutex::new(None) }
     }
 
     /// Starts `streams` workers, each with a stream of `device`.
@@ -118,38 +126,53 @@ impl CopyPool {
     ) -> Result<()> {
         let batch = if device.is_host() { BATCH_HOST } else { BATCH_DEVICE };
         for index in 0..streams {
-            let news = Arc::new(AtomicBool::new(false));
-            let (flag, shared) = (Arc::clone(&news), Arc::clone(&self.shared));
-            let wake = Arc::new(move || {
-                flag.store(true, Ordering::Release);
-                let _queues = shared.queues.lock();
-                shared.wake.notify_all();
-            });
-            let stream = device.open_stream(wake)?;
-            let worker = Worker {
-                shared: Arc::clone(&self.shared),
-                stream,
-                news,
-                batch,
-                owner: Arc::clone(owner),
-                flying: Vec::new(),
-                free: Vec::new(),
-                finished: Vec::new(),
-            };
+            let worker = self.worker(device, Role::Thread { batch }, owner)?;
             let thread = std::thread::Builder::new()
                 .name(format!("ucm-copy-{index}"))
                 .spawn(move || worker.run_to_end())
                 .map_err(|error| Error::io("start a copy worker", None, &error))?;
             self.workers.lock().push(thread);
         }
+        if device.is_host() {
+            *self.guest.lock() = Some(self.worker(device, Role::Guest, owner)?);
+        }
         Ok(())
+    }
+
+    fn worker(&self, device: &dyn Device, role: Role, owner: &Arc<dyn Owner>) -> Result<Worker> {
+        let news = Arc::new(AtomicBool::new(false));
+        let (flag, shared) = (Arc::clone(&news), Arc::clone(&self.shared));
+        let wake = Arc::new(move || {
+            flag.store(true, Ordering::Release);
+            let _queues = shared.queues.lock();
+            shared.wake.notify_all();
+        });
+        Ok(Worker {
+            shared: Arc::clone(&self.shared),
+            stream: device.open_stream(wake)?,
+            news,
+            role,
+            owner: Arc::clone(owner),
+            flying: Vec::new(),
+            free: Vec::new(),
+            finished: Vec::new(),
+        })
+    }
+
+    /// Does jobs, and what follows from them, on the calling thread, where the device allows it and no other
+    /// thread is at it; queues them otherwise. For work that is smaller than handing it over.
+    pub(crate) fn run_here(&self, mut jobs: Vec<Job>) {
+        match self.guest.try_lock().as_deref_mut() {
+            Some(Some(guest)) => guest.finish(&mut jobs),
+            _ => self.push(jobs),
+        }
     }
 
     /// Queues jobs; one lock and at most one wake-up a job. Inside a batch of the calling thread, all of
     /// the batch's jobs are queued at its end.
     pub(crate) fn push(&self, jobs: Vec<Job>) {
         if !thread::in_batch() {
-            return self.shared.push(jobs);
+            return hand_over(&self.shared, jobs);
         }
         HELD.with_borrow_mut(|held| {
             match held.iter_mut().find(|(shared, _)| Arc::ptr_eq(shared, &self.shared)) {
@@ -158,7 +181,7 @@ impl CopyPool {
                     held.push((Arc::clone(&self.shared), jobs));
                     thread::after_batch(|| {
                         let held = HELD.with_borrow_mut(std::mem::take);
-                        held.into_iter().for_each(|(shared, jobs)| shared.push(jobs));
+                        held.into_iter().for_each(|(shared, jobs)| hand_over(&shared, jobs));
                     });
                 }
             }
@@ -175,6 +198,47 @@ impl CopyPool {
                 let _ = worker.join();
             }
         }
+        // Where a reactor is at work as the guest, it is that reactor which stops the pool: its jobs end first.
+        if let Some(mut guest) = self.guest.try_lock() {
+            *guest = None;
+        }
+    }
+}
+
+/// Queues jobs, or leaves them with the worker of that pool that this thread is.
+fn hand_over(shared: &Arc<Shared>, jobs: Vec<Job>) {
+    let left = BROUGHT.with_borrow_mut(|brought| match brought {
+        Some((own, mine)) if Arc::ptr_eq(own, shared) => {
+            mine.extend(jobs);
+            None
+        }
+        _ => Some(jobs),
+    });
+    if let Some(jobs) = left {
+        shared.push(jobs);
+    }
+}
+
+/// While it lives, what the thread brings to the pool is left with it.
+struct Brought;
+
+impl Brought {
+    fn begin(shared: &Arc<Shared>) -> Self {
+        BROUGHT.set(Some((Arc::clone(shared), Vec::new())));
+        Self
+    }
+
+    fn take(&self) -> Vec<Job> {
+        let take = |brought: &mut Option<(_, Vec<Job>)>| {
+            brought.as_mut().map(|(_, jobs)| std::mem::take(jobs))
+        };
+        BROUGHT.with_borrow_mut(take).unwrap_or_default()
+    }
+}
+
+impl Drop for Brought {
+    fn drop(&mut self) {
+        BROUGHT.set(None);
     }
 }
 
@@ -233,11 +297,32 @@ enum Taken {
     End,
 }
 
+/// Whose thread a worker works on.
+#[derive(Clone, Copy)]
+enum Role {
+    /// Its own; it takes so many jobs at once.
+    Thread { batch: usize },
+    /// That of a reactor, for a moment.
+    Guest,
+}
+
+impl Role {
+    /// Takes out of what follows from a worker's jobs what others are to do.
+    fn share(self, next: &mut Vec<Job>) -> Vec<Job> {
+        match self {
+            Role::Thread { batch } if next.len() > batch => next.split_off(batch),
+            Role::Thread { .. } => Vec::new(),
+            // A save that got its slot now is not what the reactor was asked for.
+            Role::Guest => next.extract_if(.., |job| job.urgency() == Urgency::Save).collect(),
+        }
+    }
+}
+
 struct Worker {
     shared: Arc<Shared>,
     stream: Box<dyn CopyStream>,
     news: Arc<AtomicBool>,
-    batch: usize,
+    role: Role,
     owner: Arc<dyn Owner>,
     /// Copies in flight, by ticket.
     flying: Vec<Option<Copy>>,
@@ -257,23 +342,28 @@ impl Worker {
     }
 
     fn run(&mut self) {
+        let Role::Thread { batch } = self.role else { return };
         let mut jobs = Vec::new();
         loop {
             let flying = self.flying.len() > self.free.len();
-            if self.shared.take(self.batch, &self.news, flying, &mut jobs) == Taken::End {
+            if self.shared.take(batch, &self.news, flying, &mut jobs) == Taken::End {
                 return;
             }
-            // What follows from a job is done next by the worker that has its bytes in its cache.
-            loop {
-                let mut next = self.perform(&mut jobs);
-                next.append(&mut self.reap());
-                if next.len() > self.batch {
-                    self.shared.push(next.split_off(self.batch));
-                }
-                jobs = next;
-                if jobs.is_empty() {
-                    break;
-                }
+            self.finish(&mut jobs);
+        }
+    }
+
+    /// Does jobs and what follows from them, as far as the device has ended it.
+    fn finish(&mut self, jobs: &mut Vec<Job>) {
+        let brought = Brought::begin(&self.shared);
+        loop {
+            let mut next = self.perform(jobs);
+            next.append(&mut self.reap());
+            next.append(&mut brought.take());
+            self.shared.push(self.role.share(&mut next));
+            *jobs = next;
+            if jobs.is_empty() {
+                return;
             }
         }
     }

@@ -5,7 +5,6 @@
 mod capacity;
 mod catalog;
 pub mod checksum;
-mod clock;
 mod description;
 pub mod format;
 mod home;

@@ -9,10 +9,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::clock::Clock;
 use crate::error::{ErrorKind, Result};
 use crate::posix::capacity::Capacity;
 use crate::posix::catalog::Catalog;
-use crate::posix::clock::Clock;
 use crate::posix::format::{Kind, Record};
 use crate::posix::home::Home;
 use crate::posix::host::{random_id, wall_ms};

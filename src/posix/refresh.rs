@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::clock::{Clock, Ticket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::posix::catalog::Catalog;
-use crate::posix::clock::{Clock, Ticket};
 use crate::posix::format::ManifestHeader;
 use crate::posix::home::Home;
 use crate::posix::names::ManifestName;

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::block::{PAGE, PartKey};
+use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::posix::capacity::Capacity;
 use crate::posix::catalog::Catalog;
-use crate::posix::clock::Clock;
 use crate::posix::format::{Kind, NO_CHECKSUM, Record, SEAL_MANIFEST};
 use crate::posix::home::Home;
 use crate::posix::host::{random_id, wall_ms};

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::block::{BlockId, Namespace, PAGE, PartKey};
+use crate::clock::Clock;
 use crate::config::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::backend::Backend;
 use crate::io::{Class, DmaSlice, Done, File, Operation, Request};
 use crate::posix::capacity::Capacity;
 use crate::posix::catalog::{Catalog, SegmentRef};
-use crate::posix::clock::Clock;
 use crate::posix::format::{Kind, NO_CHECKSUM, ProcessIdentity, Record, Trailer};
 use crate::posix::home::{Home, Layout, TierConfig};
 use crate::posix::host::{this_process, wall_ms};
@@ -583,7 +583,7 @@ impl Tier {
                 Err(_) => break,
             }
         }
-        self.clock.close();
+        self.clock.stop();
         self.files.clear();
     }
 

@@ -8,7 +8,6 @@ use super::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::io::reactor::Drained;
 use crate::log;
-use crate::task::Task;
 
 /// How long reactors and the tier get to finish once nothing is in flight any more.
 const TEARDOWN: Duration = Duration::from_secs(2);
@@ -27,7 +26,7 @@ pub(super) fn close(engine: &Arc<Engine>) {
         Error::new(ErrorKind::Cancelled, "the store was closed before the transfer began");
     engine.event(|parts, actions| parts.cancel_waiting(&cancelled, actions));
     let drained = wait_until(engine, Some(deadline), || is_drained(engine));
-    fail_tasks(engine);
+    engine.fail_tasks(&Error::new(ErrorKind::Closed, "the store was closed before the task ended"));
     if let Some(tier) = &engine.tier {
         tier.close(Instant::now() + TEARDOWN);
     }
@@ -57,12 +56,6 @@ pub(super) fn close(engine: &Arc<Engine>) {
 
 fn is_drained(engine: &Engine) -> bool {
     engine.tasks.lock().is_empty() && !engine.parts.lock().is_busy()
-}
-
-fn fail_tasks(engine: &Engine) {
-    let error = Error::new(ErrorKind::Closed, "the store was closed before the task ended");
-    let tasks: Vec<Arc<Task>> = engine.tasks.lock().values().cloned().collect();
-    tasks.iter().for_each(|task| task.fail(&error));
 }
 
 /// Waits for `ready`; false when the deadline came first.

@@ -13,9 +13,9 @@ use parking_lot::{Condvar, Mutex};
 use super::fresh::Fresh;
 use super::regions::Regions;
 use crate::block::PartKey;
-use crate::clock::Clock;
+use crate::clock::{Clock, Ticket};
 use crate::completion::CompletionQueue;
-use crate::config::{Checksum, Config};
+use crate::config::Config;
 use crate::copy::{Copy, CopyPool, Job, Owner, Urgency};
 use crate::device::{Device, Direction, Staging};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +30,10 @@ use crate::parts::{Action, PartId, Parts, Unit};
 use crate::posix::{Extent, Found, Tier};
 use crate::task::Task;
 
+/// A part up to this size is verified and copied by the reactor that read it: waking a copy worker and
+/// putting it to sleep again takes longer. Eight such parts take a reactor less time than a drive takes for one.
+const SMALL_PART_BYTES: u64 = 64 << 10;
+
 /// Everything an open store owns.
 pub(super) struct Engine {
     pub config: Config,
@@ -42,7 +46,7 @@ pub(super) struct Engine {
     pub pool: CopyPool,
     pub clock: Clock,
     pub completions: Arc<CompletionQueue>,
-    pub tasks: Mutex<HashMap<u64, Arc<Task>>>,
+    pub tasks: Mutex<HashMap<u64, Live>>,
     pub next_task: AtomicU64,
     pub live_units: AtomicU64,
     pub fresh: Fresh,
@@ -60,6 +64,13 @@ pub(super) struct Engine {
     pub itself: Weak<Engine>,
     /// Dropped last: everything above may point into it.
     pub arena: Option<Arena>,
+}
+
+/// A task that has not ended.
+pub(super) struct Live {
+    pub task: Arc<Task>,
+    /// Rings at its deadline.
+    pub alarm: Option<Ticket>,
 }
 
 impl Engine {
@@ -176,13 +187,15 @@ impl Engine {
     ) {
         match result {
             Err(error) => self.pool.push(self.read_failed(part, key, found, error)),
-            Ok(()) if self.config.checksum == Checksum::Off => {
-                self.event(|parts, actions| parts.verified(part, actions))
-            }
             Ok(()) => {
                 let engine = Arc::clone(&self);
                 let verify = Box::new(move || engine.verify(part, slot, key, found));
-                self.pool.push(vec![Job::Compute(Urgency::Load, verify)]);
+                let jobs = vec![Job::Compute(Urgency::Load, verify)];
+                if self.config.geometry.part_bytes <= SMALL_PART_BYTES {
+                    self.pool.run_here(jobs);
+                } else {
+                    self.pool.push(jobs);
+                }
             }
         }
     }
@@ -275,7 +288,12 @@ impl Engine {
     /// Ends everything: after a panic on an engine thread nothing is left to trust.
     fn fail_everything(&self, error: &Error) {
         let _ = self.poison.set(error.clone());
-        let tasks: Vec<Arc<Task>> = self.tasks.lock().values().cloned().collect();
+        self.fail_tasks(error);
+    }
+
+    pub(super) fn fail_tasks(&self, error: &Error) {
+        let tasks: Vec<Arc<Task>> =
+            self.tasks.lock().values().map(|live| Arc::clone(&live.task)).collect();
         tasks.iter().for_each(|task| task.fail(error));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::engine::Engine;
+use super::engine::{Engine, Live};
 use crate::block::{BlockId, PartKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::parts::{Accepted, Action, Unit};
@@ -177,15 +177,17 @@ impl Engine {
             retire,
         );
         self.live_units.fetch_add(count, Ordering::Relaxed);
-        self.tasks.lock().insert(number, Arc::clone(&task));
-        if let Some(deadline) = deadline {
+        let mut tasks = self.tasks.lock();
+        // Under the lock: an alarm that rings at once finds the task.
+        let alarm = deadline.map(|deadline| {
             let (engine, late) = (self.itself.clone(), Arc::downgrade(&task));
             self.clock.at(deadline, move || {
                 if let (Some(engine), Some(task)) = (engine.upgrade(), late.upgrade()) {
                     engine.expire(&task);
                 }
-            });
-        }
+            })
+        });
+        tasks.insert(number, Live { task: Arc::clone(&task), alarm });
         task
     }
 
@@ -200,8 +202,11 @@ impl Engine {
     }
 
     fn retire(&self, number: u64) {
-        let task = self.tasks.lock().remove(&number);
-        if let Some(task) = task {
+        let live = self.tasks.lock().remove(&number);
+        if let Some(Live { task, alarm }) = live {
+            if let Some(alarm) = alarm {
+                self.clock.cancel(alarm);
+            }
             self.live_units.fetch_sub(task.unit_count() as u64, Ordering::Relaxed);
             self.count_task(&task);
         }
