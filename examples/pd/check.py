@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks prefill/decode disaggregation with real vLLM servers and the real proxy, on the CPU.
 
-    python check.py MODEL [--pairs 1|2] [--proxy ucm-proxy] [--bench]
+    python check.py MODEL [--pairs 1|2] [--case shared|dropped|dtype] [--proxy ucm-proxy] [--bench]
 
 Run it with the Python that has vLLM and UCM; MODEL is a small model with real weights
 (``python/tests/tiny_model.py`` makes one). It starts, one after the other, a plain server for the
@@ -15,6 +15,11 @@ expected outputs, then prefill and decode servers with UCM and the proxy, and ch
 - streams give the same text;
 - a prefill server killed in the middle costs nobody an answer, nor does, with two pairs, a decode
   server.
+
+Two cases are about servers that do not share, where decode must compute every prompt itself, soon
+and rightly: ``dropped`` gives prefill no room to save to, ``dtype`` starts it with another dtype,
+which the proxy has to name. ``--prefill-python`` runs the prefill servers in another environment, so
+that two versions of vLLM, whose KV lies differently in memory, share.
 
 It prints one line a check and ends with status 1 if one failed.
 """
@@ -43,10 +48,14 @@ LENGTHS = (2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1, 5 * BLOCK + 17, 8 * BLOCK, 1
 OUTPUT_TOKENS = 16
 START_TIMEOUT_S = 900
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 3, 500
+HANDOFF_WAIT_S = 60
+"""How long decode may wait for announced blocks: far longer than it takes to compute a prompt."""
+TOO_SMALL_GB = 0.0002
+"""Room for one block of the small model."""
+EAGER = "--enforce-eager"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -126,24 +135,37 @@ def prompt(length: int, seed: int) -> list[int]:
 class Setup:
     """Processes of one run, with their logs in one directory."""
 
-    def __init__(self, model: Path, proxy: str, directory: Path) -> None:
-        self.model, self.proxy_program, self.directory = model, proxy, directory
-        store = {
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.model, self.proxy_program = options.model.resolve(), options.proxy
+        self.case, self.directory = options.case, directory
+        self.python = {"kv_producer": options.prefill_python}
+        self.eager = {"kv_producer": not options.compile_prefill}
+
+    def config(self, role: str) -> str:
+        """The connector's configuration file of one role."""
+        store: dict[str, Any] = {
             "store_pipeline": "Cache|Posix",
-            "storage_backends": str(directory / "storage"),
+            "storage_backends": str(self.directory / "storage"),
             "cache_buffer_capacity_gb": 0.25,
             "segment_size_mb": 16,
         }
+        if self.case == "dropped" and role == "kv_producer":
+            store["posix_capacity_gb"] = TOO_SMALL_GB
         connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
-        self.config = directory / "ucm.yaml"
-        self.config.write_text(json.dumps({"ucm_connectors": [connector]}))
+        whole = {"ucm_connectors": [connector], "handoff_wait_ms": HANDOFF_WAIT_S * 1000}
+        file = self.directory / f"{role}.yaml"
+        file.write_text(json.dumps(whole))
+        return str(file)
 
     @contextmanager
-    def process(self, name: str, command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    def process(
+        self, name: str, command: list[str], environment: dict[str, str]
+    ) -> Iterator[subprocess.Popen[bytes]]:
         log = self.directory / f"{name}.log"
+        environment = ENVIRONMENT | dict(os.environ) | environment
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=ENVIRONMENT | os.environ, start_new_session=True
+                command, stdout=file, stderr=file, env=environment, start_new_session=True
             )
         try:
             yield process
@@ -157,21 +179,30 @@ class Setup:
                     process.wait()
 
     def server(self, name: str, port: int, role: str | None, *more: str) -> Any:
+        python = str(self.python.get(role or "", sys.executable))
+        eager = self.eager.get(role or "", True)
+        dtype = "float32" if self.case == "dtype" and role == "kv_producer" else "bfloat16"
         command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
+            python, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
             "--served-model-name", "tiny", "--port", str(port), "--block-size", str(BLOCK),
-            "--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-batched-tokens", "4096",
-            "--max-num-seqs", "8", "--seed", "0", *more,
+            "--dtype", dtype, "--max-model-len", "4352", "--max-num-batched-tokens", "4352",
+            "--max-num-seqs", "8", "--seed", "0", *([EAGER] if eager else []), *more,
         ]  # fmt: skip
+        # PyTorch's compiler is not needed by an eager server, and takes time to start.
+        environment = {"TORCHDYNAMO_DISABLE": "1"} if eager else {}
+        environment["PATH"] = f"{Path(python).parent}:{os.environ['PATH']}"
+        if role == "kv_consumer":
+            environment["PYTHONHASHSEED"] = "123456"  # decoders alone, as people start them
         if role:
             transfer = {
                 "kv_connector": "UCMConnector",
                 "kv_role": role,
                 "kv_connector_module_path": "ucm.integration.vllm.ucm_connector",
-                "kv_connector_extra_config": {"UCM_CONFIG_FILE": str(self.config)},
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"UCM_CONFIG_FILE": self.config(role)},
             }
             command += ["--kv-transfer-config", json.dumps(transfer)]
-        return self.process(name, command)
+        return self.process(name, command, environment)
 
     def proxy(self, port: int, prefill: list[int], decode: list[int]) -> Any:
         ports = [*map(str, prefill)], [*map(str, decode)]
@@ -182,7 +213,7 @@ class Setup:
             "--prefiller-hosts", *hosts, "--prefiller-port", *ports[0],
             "--decoder-hosts", *hosts, "--decoder-ports", *ports[1],
         ]  # fmt: skip
-        return self.process("proxy", command)
+        return self.process("proxy", command, {})
 
     def ready(self, *waiting: tuple[str, int, subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -198,8 +229,8 @@ class Setup:
                     time.sleep(1)
 
 
-def compare(pairs: int, expected: dict[int, str], seed: int) -> None:
-    """The checks while all servers live."""
+def compare(pairs: int, expected: dict[int, str], seed: int, shares: bool) -> None:
+    """The checks while all servers live; ``shares`` is whether decode finds what prefill computed."""
     decode = [7821 + 2 * pair for pair in range(pairs)]
     started = time.monotonic()
     text = complete(7805, "What date is today?")
@@ -207,12 +238,18 @@ def compare(pairs: int, expected: dict[int, str], seed: int) -> None:
     check("a prompt shorter than a block", text == expected[0], f"{seconds:.2f} s")
     for length in LENGTHS:
         before = [measures(port) for port in decode]
+        started = time.monotonic()
         text = complete(7805, prompt(length, seed))
-        check(f"{length} tokens: output of the plain server", text == expected[length])
+        seconds = time.monotonic() - started
+        check(f"{length} tokens: output of the plain server", text == expected[length], f"{seconds:.2f} s")
         after = [measures(port) for port in decode]
         computed, loaded = (
             sum(a[i] - b[i] for a, b in zip(after, before, strict=True)) for i in range(2)
         )
+        if not shares:
+            check(f"{length} tokens: decode computed all", (computed, loaded) == (length, 0), computed)
+            check(f"{length} tokens: it did not wait in vain", seconds < HANDOFF_WAIT_S / 2)
+            continue
         limit = (length - 1) % BLOCK + 1
         check(f"{length} tokens: decode computed at most {limit}", computed <= limit, computed)
         check(f"{length} tokens: decode loaded the rest", loaded == length - computed, loaded)
@@ -241,6 +278,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=1, choices=(1, 2))
     parser.add_argument("--proxy", default=os.environ.get("UCM_PROXY", "ucm-proxy"))
+    parser.add_argument("--case", default="shared", choices=("shared", "dropped", "dtype"))
+    parser.add_argument(
+        "--prefill-python",
+        type=Path,
+        default=Path(sys.executable),
+        help="the Python that runs the prefill servers (default: this one)",
+    )
     parser.add_argument("--bench", action="store_true", help="also run `vllm bench serve`")
     parser.add_argument(
         "--compile-prefill",
@@ -251,42 +295,54 @@ def main() -> None:
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="ucm-pd-"))
     print(f"logs in {directory}")
-    setup = Setup(options.model.resolve(), options.proxy, directory)
-    with setup.server("plain", 7810, None, "--no-enable-prefix-caching", "--enforce-eager") as plain:
+    setup = Setup(options, directory)
+    with setup.server("plain", 7810, None, "--no-enable-prefix-caching") as plain:
         setup.ready(("plain", 7810, plain))
         expected = {length: complete(7810, prompt(length, options.seed)) for length in LENGTHS}
         expected[0] = complete(7810, "What date is today?")
-    eager = () if options.compile_prefill else ("--enforce-eager",)
-    if options.compile_prefill:
-        ENVIRONMENT["TORCHDYNAMO_DISABLE"] = "0"
-    with disaggregated(setup, options.pairs, eager) as processes:
-        compare(options.pairs, expected, options.seed)
+    with disaggregated(setup, options.pairs) as processes:
+        compare(options.pairs, expected, options.seed, options.case == "shared")
+        if options.case == "dtype":
+            mismatch_is_named(setup, options.pairs)
+        if options.case == "dropped":
+            dropped = sum(counter(7820 + 2 * pair, "ucm_save_failed_blocks") for pair in range(options.pairs))
+            check("prefill could not save", dropped > 0, dropped)
         text = stream(7805, prompt(LENGTHS[3], options.seed))
         check("a stream gives the same text", text == expected[LENGTHS[3]])
         if options.bench:
             bench(options.model.resolve())
-        kill_one("prefill", processes["prefill-0"], expected, options.seed)
-        if options.pairs > 1:
+        if options.case == "shared":
+            kill_one("prefill", processes["prefill-0"], expected, options.seed)
+        if options.case == "shared" and options.pairs > 1:
             kill_one("decode", processes["decode-0"], expected, options.seed)
     print("failed: " + ", ".join(failures) if failures else "all checks passed")
     sys.exit(bool(failures))
 
 
+def mismatch_is_named(setup: Setup, pairs: int) -> None:
+    """The proxy says which field differs, and decode counts it."""
+    log = (setup.directory / "proxy.log").read_text()
+    loud = [line for line in log.splitlines() if "CAN NEVER SHARE KV" in line and "dtype is" in line]
+    check("the proxy names the dtype", len(loud) == pairs * pairs, *loud[:1])
+    with urllib.request.urlopen("http://localhost:7805/healthcheck", timeout=30) as response:
+        sharing = json.load(response)["kv_sharing"]
+    check("/healthcheck says mismatch", sharing == "mismatch", sharing)
+    counted = sum(counter(7821 + 2 * pair, "ucm_handoff_mismatches", 'field="dtype"') for pair in range(pairs))
+    check("decode counted the field", counted > 0, counted)
+
+
 @contextmanager
-def disaggregated(setup: Setup, pairs: int, eager: tuple[str, ...]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """The servers and the proxy. Decoders alone have a hash seed, as people start them."""
+def disaggregated(setup: Setup, pairs: int) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """The servers and the proxy; decode has no prefix cache of its own."""
     with ExitStack() as stack:
         started = []
         for pair in range(pairs):
             name = f"prefill-{pair}"
-            server = setup.server(name, 7820 + 2 * pair, "kv_producer", *eager)
+            server = setup.server(name, 7820 + 2 * pair, "kv_producer")
             started.append((name, 7820 + 2 * pair, stack.enter_context(server)))
-            os.environ["PYTHONHASHSEED"] = "123456"
             name = f"decode-{pair}"
-            more = ("--no-enable-prefix-caching", "--enforce-eager")
-            server = setup.server(name, 7821 + 2 * pair, "kv_consumer", *more)
+            server = setup.server(name, 7821 + 2 * pair, "kv_consumer", "--no-enable-prefix-caching")
             started.append((name, 7821 + 2 * pair, stack.enter_context(server)))
-            del os.environ["PYTHONHASHSEED"]
         setup.ready(*started)
         decode = [7821 + 2 * pair for pair in range(pairs)]
         proxy = stack.enter_context(setup.proxy(7805, [port - 1 for port in decode], decode))
@@ -295,15 +351,15 @@ def disaggregated(setup: Setup, pairs: int, eager: tuple[str, ...]) -> Iterator[
 
 
 def bench(model: Path) -> None:
-    """The command of the guide, with lengths that fit the small model."""
+    """The command of the guide."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "vllm",
-        "--dataset-name", "random", "--random-input-len", "2048", "--random-output-len", "100",
+        "--dataset-name", "random", "--random-input-len", "4096", "--random-output-len", "100",
         "--num-prompts", "10", "--ignore-eos", "--model", "tiny", "--tokenizer", str(model),
         "--host", "localhost", "--port", "7805", "--endpoint", "/v1/completions",
         "--request-rate", "1", "--seed", str(int(time.time())),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | os.environ, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | dict(os.environ), check=False)
     line = next((line for line in done.stdout.splitlines() if "Successful requests" in line), done.stderr[-500:])
     check("vllm bench serve", done.returncode == 0 and line.split()[-1] == "10", line)
 

@@ -8,6 +8,7 @@
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -28,6 +29,9 @@ use crate::service::describe;
 use crate::upstream;
 use crate::watch;
 
+/// After an error of accept the listener rests this long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
 /// Listens on loopback.
 pub async fn bind(port: u16) -> Result<TcpListener, String> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -40,7 +44,11 @@ pub async fn bind(port: u16) -> Result<TcpListener, String> {
 
 /// Answers admin requests for ever.
 pub async fn serve(listener: TcpListener, app: Arc<App>) {
-    while let Ok((stream, _)) = listener.accept().await {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(ACCEPT_PAUSE).await; // no descriptors left: later there may be
+            continue;
+        };
         let app = app.clone();
         tokio::spawn(async move {
             let service = service_fn(|request| {
@@ -107,7 +115,7 @@ async fn add(app: &Arc<App>, request: Request<Incoming>) -> Handled {
     let address = Address::new(&new.host, new.port).map_err(bad)?;
     upstream::resolve(&address).await.map_err(bad)?;
     let pool = pool_of(app, new.role)?;
-    let instance = Arc::new(Instance::new(new.role, address, app.settings.health));
+    let instance = Instance::new(new.role, address, &app.settings).map_err(bad)?;
     if !pool.add(instance.clone()) {
         let why = format!("{} server {} is there already", new.role, instance.name);
         return Err((StatusCode::CONFLICT, why));

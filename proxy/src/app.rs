@@ -47,7 +47,7 @@ pub enum Pools {
 }
 
 impl Pools {
-    fn new(settings: &Settings) -> Self {
+    fn new(settings: &Settings) -> Result<Self, String> {
         // An affinity of prompts is one of prefillers: decode keeps to its load.
         let decode_routing = match settings.routing {
             Routing::PrefixAffinity => Routing::LeastOutstanding,
@@ -56,19 +56,19 @@ impl Pools {
         let pool = |role, routing| Arc::new(Pool::new(role, routing, settings.limits));
         let fill = |pool: Arc<Pool>, addresses: &[Address]| {
             for address in addresses {
-                pool.add(Arc::new(Instance::new(pool.role, address.clone(), settings.health)));
+                pool.add(Instance::new(pool.role, address.clone(), settings)?);
             }
-            pool
+            Ok::<_, String>(pool)
         };
-        match &settings.servers {
+        Ok(match &settings.servers {
             Servers::Disaggregated { prefillers, decoders } => Self::Disaggregated {
-                prefill: fill(pool(Role::Prefill, settings.routing), prefillers),
-                decode: fill(pool(Role::Decode, decode_routing), decoders),
+                prefill: fill(pool(Role::Prefill, settings.routing), prefillers)?,
+                decode: fill(pool(Role::Decode, decode_routing), decoders)?,
             },
             Servers::Mixed { workers } => {
-                Self::Mixed { workers: fill(pool(Role::Worker, settings.routing), workers) }
+                Self::Mixed { workers: fill(pool(Role::Worker, settings.routing), workers)? }
             }
-        }
+        })
     }
 
     /// All pools.
@@ -115,7 +115,7 @@ impl App {
     /// Builds the state; opens the access log.
     pub fn new(settings: Settings) -> Result<Self, String> {
         Ok(Self {
-            pools: Pools::new(&settings),
+            pools: Pools::new(&settings)?,
             access_log: AccessLog::open(&settings.access_log)?,
             metrics: Metrics::default(),
             key: headers::key_from_environment(),

@@ -85,6 +85,7 @@ pub async fn generate(
                     outgoing: leg_outgoing(generation, &parts),
                     headers: headers.clone(),
                     hint,
+                    limit: passage::left(app, &record, app.settings.prefill_timeout),
                 };
                 match prefill(&sender, legs, &mut record).await {
                     Ok(handoff) => {
@@ -228,6 +229,7 @@ struct LegSender {
     outgoing: Outgoing,
     headers: HeaderMap,
     hint: Hint,
+    limit: Duration,
 }
 
 struct LegResult {
@@ -267,8 +269,8 @@ impl LegSender {
             self.app.metrics.prefill_retries.fetch_add(u64::from(attempt > 0), Relaxed);
             self.app.metrics.legs.fetch_add(1, Relaxed);
             servers.push(lease.instance.name.clone());
-            let limit = settings.prefill_timeout;
-            match exchange(&self.app, &lease.instance, &outgoing, body.clone(), limit).await {
+            let app = &self.app;
+            match exchange(app, &lease.instance, &outgoing, body.clone(), self.limit).await {
                 Ok(answer) => return LegResult { servers, answer: Ok(answer) },
                 Err(Retry::Useless) => break,
                 Err(Retry::Elsewhere) => hint.excluded.push(lease.instance.id),

@@ -2,16 +2,18 @@
 //! not know its pool's policy.
 
 use std::fmt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde::Deserialize;
+use tokio_rustls::TlsConnector;
 
 use crate::health::{Change, Health, Rules, Standing};
 use crate::histogram::Histogram;
 use crate::log;
 use crate::namespace::Namespace;
+use crate::settings::Settings;
 use crate::upstream::IdleConnections;
 
 /// What a server is for.
@@ -36,9 +38,20 @@ impl fmt::Display for Role {
     }
 }
 
+/// How a server is spoken to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// Plain.
+    Http,
+    /// Through TLS.
+    Https,
+}
+
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
+    /// `https://` before the host asks for TLS.
+    pub scheme: Scheme,
     /// Name or address, an IPv6 address without brackets.
     pub host: String,
     /// TCP port.
@@ -46,20 +59,25 @@ pub struct Address {
 }
 
 impl Address {
-    /// From `host` in any spelling and a port. A scheme other than http is an error.
+    /// From `host` in any spelling and a port. A scheme other than http and https is an error.
     pub fn new(host: &str, port: u16) -> Result<Self, String> {
-        let bare = host.strip_prefix("http://").unwrap_or(host).trim_end_matches('/');
+        let (scheme, bare) = match host.strip_prefix("https://") {
+            Some(bare) => (Scheme::Https, bare),
+            None => (Scheme::Http, host.strip_prefix("http://").unwrap_or(host)),
+        };
+        let bare = bare.trim_end_matches('/');
         let bare = bare.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(bare);
-        if bare.is_empty() || bare.contains(['/', ' ']) {
+        let is_ipv6 = bare.parse::<std::net::Ipv6Addr>().is_ok() || bare.contains('%');
+        if bare.is_empty() || bare.contains(['/', ' ', ',']) || (bare.contains(':') && !is_ipv6) {
             return Err(format!(
-                "`{host}` is not a host name: give a name or an address without scheme and path \
-                 (servers are spoken to in plain HTTP)"
+                "`{host}` is not a host name: give a name or an address without port and path, \
+                 with https:// before it if the server speaks TLS; its port is an option of its own"
             ));
         }
         if port == 0 {
             return Err(format!("port 0 of `{host}`: a server's port is 1 to 65535"));
         }
-        Ok(Self { host: bare.to_owned(), port })
+        Ok(Self { scheme, host: bare.to_owned(), port })
     }
 }
 
@@ -99,6 +117,8 @@ pub struct Instance {
     pub address: Address,
     /// `host:port`, as in logs and in the `Host` header.
     pub name: String,
+    /// How TLS is spoken to it, if it is.
+    pub tls: Option<TlsConnector>,
     /// Connections waiting for their next request.
     pub idle: IdleConnections,
     /// Counters.
@@ -114,14 +134,20 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// A server that is taken for healthy until it shows otherwise.
-    pub fn new(role: Role, address: Address, rules: Rules) -> Self {
+    /// A server that is taken for healthy until it shows otherwise. An error is one of the
+    /// certificates that a server behind TLS is checked against.
+    pub fn new(role: Role, address: Address, settings: &Settings) -> Result<Arc<Self>, String> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-        Self {
+        let tls = match address.scheme {
+            Scheme::Http => None,
+            Scheme::Https => Some(settings.trust.connector()?),
+        };
+        Ok(Arc::new(Self {
             id: NEXT_ID.fetch_add(1, Relaxed),
             role,
             name: address.to_string(),
             address,
+            tls,
             idle: IdleConnections::default(),
             counters: Counters::default(),
             namespace: Mutex::default(),
@@ -129,9 +155,9 @@ impl Instance {
             work: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             removed: AtomicBool::new(false),
-            rules,
+            rules: settings.health,
             health: Mutex::default(),
-        }
+        }))
     }
 
     /// Requests in flight.
@@ -230,7 +256,11 @@ mod tests {
         assert_eq!(name("::1").unwrap(), "[::1]:80");
         assert_eq!(name("[::1]").unwrap(), "[::1]:80");
         assert_eq!(name("http://10.0.0.1/").unwrap(), "10.0.0.1:80");
-        assert!(name("https://a").unwrap_err().contains("https://a"));
+        assert_eq!(name("https://a").unwrap(), "a:80");
+        assert_eq!(Address::new("https://a/", 80).unwrap().scheme, Scheme::Https);
+        for wrong in ["ftp://a", "a:7800", "a,b", "a/v1", "http://"] {
+            assert!(name(wrong).unwrap_err().contains(wrong), "{wrong}");
+        }
         assert!(name("").is_err());
     }
 }

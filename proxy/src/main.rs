@@ -38,7 +38,9 @@ mod routing;
 mod server;
 mod service;
 mod settings;
+mod socket;
 mod tls;
+mod tunnel;
 mod upstream;
 mod watch;
 

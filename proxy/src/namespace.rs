@@ -22,8 +22,10 @@ const NOT_COMPARED: [&str; 6] = ["engine", "engine_index", "model_name", "instan
 /// What one server says of its KV.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Namespace {
-    /// Nothing, or it could not be asked.
+    /// It was not asked yet.
     #[default]
+    NotAsked,
+    /// Nothing.
     Unknown,
     /// These labels.
     Known(BTreeMap<String, String>),
@@ -151,6 +153,13 @@ pub fn verdicts(pools: &Pools) -> Vec<(Arc<Instance>, Arc<Instance>, Verdict)> {
 /// Notes what a server says now; logs what changed for its pairs.
 pub fn note(pools: &Pools, instance: &Instance, namespace: Namespace) {
     let before = verdicts(pools);
+    let silent = namespace == Namespace::Unknown;
+    if silent && namespace_of(instance) == Namespace::NotAsked {
+        log::warn(format!(
+            "{} server {} publishes no {METRIC}: whether KV can be shared with it is unknown",
+            instance.role, instance.name
+        ));
+    }
     *instance.namespace.lock().expect("no panic while held") = namespace;
     for ((prefill, decode, verdict), (_, _, old)) in verdicts(pools).iter().zip(before) {
         let concerned = prefill.id == instance.id || decode.id == instance.id;

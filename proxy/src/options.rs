@@ -2,6 +2,7 @@
 //! merging (the command line wins) and turns them into checked [`Settings`].
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
@@ -12,6 +13,7 @@ use crate::health::Rules;
 use crate::pool::Limits;
 use crate::routing::Routing;
 use crate::settings::{OnPrefillFailure, Servers, Settings, TlsFiles};
+use crate::tls::Trust;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -32,7 +34,7 @@ macro_rules! options {
         ///
         /// Every prompt is computed by a prefill server, which saves its KV to the shared storage;
         /// a decode server loads it from there and generates the answer.
-        #[derive(Debug, Default, Parser, Deserialize)]
+        #[derive(Clone, Debug, Default, Parser, Deserialize)]
         #[command(name = "ucm-proxy", version, after_help = EXAMPLES)]
         #[serde(deny_unknown_fields, default)]
         pub struct Options {
@@ -76,7 +78,11 @@ options! {
     #[arg(long, help_heading = "Listening")]
     admin_port: Option<u16>,
 
-    /// Hosts of the prefill servers.
+    /// Certificates (PEM) that servers named as https://HOST are checked against [default: the
+    /// system's].
+    #[arg(long, value_name = "FILE", help_heading = "Servers")]
+    upstream_ca: Option<PathBuf>,
+    /// Hosts of the prefill servers; https://HOST speaks TLS.
     #[arg(long, aliases = ["prefiller-host", "prefiller_hosts", "prefiller_host"],
           num_args = 1.., value_name = "HOST", help_heading = "Servers")]
     #[serde(alias = "prefiller_host", deserialize_with = "one_or_many")]
@@ -143,7 +149,8 @@ options! {
     /// A whole request, seconds; 0: none [default: 0].
     #[arg(long, value_name = "S", help_heading = "Deadlines")]
     request_timeout_s: Option<f64>,
-    /// A client's headers, and its body, seconds each [default: 60].
+    /// A client's headers, and its body, seconds each; a body gets a second more for every 64 KiB
+    /// that came [default: 60].
     #[arg(long, value_name = "S", help_heading = "Deadlines")]
     body_timeout_s: Option<f64>,
     /// Requests in flight at shutdown, seconds [default: 30].
@@ -209,20 +216,21 @@ pub fn from_command_line() -> Result<Settings, String> {
     from_options(Options::parse())
 }
 
-fn from_options(options: Options) -> Result<Settings, String> {
-    let options = match options.config.clone() {
-        Some(path) => {
-            let file = read_file(&path)?;
-            options.or(file)
-        }
-        None => options,
+fn from_options(command_line: Options) -> Result<Settings, String> {
+    let options = match &command_line.config {
+        Some(path) => command_line.clone().or(read_file(path)?),
+        None => command_line.clone(),
     };
-    options.check()
+    Ok(Settings { command_line, ..options.check()? })
 }
 
-/// Reads the servers and the routing of a configuration file again.
-pub fn reload(path: &Path) -> Result<(Servers, Option<Routing>), String> {
-    let options = read_file(path)?;
+/// Reads the servers and the routing of the configuration file again. What the command line says
+/// stands over it, as at the start.
+pub fn reload(command_line: &Options) -> Result<(Servers, Option<Routing>), String> {
+    let Some(path) = &command_line.config else {
+        return Err("there is no --config file to read again".to_owned());
+    };
+    let options = command_line.clone().or(read_file(path)?);
     let routing = options.routing;
     let mut notices = Vec::new();
     Ok((options.servers(&mut notices)?, routing))
@@ -299,8 +307,9 @@ impl Options {
             access_log: self.access_log.unwrap_or_else(|| "-".to_owned()),
             admin_port: self.admin_port,
             tls,
+            trust: Arc::new(Trust::new(self.upstream_ca)),
             shutdown_timeout: seconds("--shutdown-timeout-s", self.shutdown_timeout_s, 30.0, 0.0)?,
-            config_file: self.config,
+            command_line: Self::default(),
             notices,
         })
     }
@@ -407,8 +416,24 @@ mod tests {
         assert_eq!((settings.port, settings.routing), (10, Routing::PrefixAffinity));
         let Servers::Disaggregated { prefillers, decoders } = settings.servers else { panic!() };
         assert_eq!((prefillers.len(), decoders.len()), (2, 1));
+        let (_, routing) = reload(&settings.command_line).unwrap();
+        assert_eq!(routing, Some(Routing::PrefixAffinity));
         std::fs::write(&path, "prefiler_hosts: [A]\n").unwrap();
-        let error = reload(&path).unwrap_err();
+        let error = reload(&settings.command_line).unwrap_err();
         assert!(error.contains("prefiler_hosts"), "{error}");
+    }
+
+    #[test]
+    fn servers_of_the_command_line_survive_a_reload() {
+        // Goal: a file that names no servers does not replace those that were given by hand.
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("proxy.yaml");
+        std::fs::write(&path, "routing: round_robin\n").unwrap();
+        let line = format!("--config {} --worker-host A --worker-port 1", path.display());
+        let (servers, routing) = reload(&settings(&line).unwrap().command_line).unwrap();
+        let Servers::Mixed { workers } = servers else { panic!() };
+        assert_eq!((names(&workers), routing), (vec!["A:1".to_owned()], Some(Routing::RoundRobin)));
+        let none = settings("--worker-port 1").unwrap().command_line;
+        assert!(reload(&none).unwrap_err().contains("--config"));
     }
 }

@@ -1,16 +1,19 @@
 //! A request to the servers that answer clients: one at a time, another one while nothing has been
 //! answered. Owns retries, refusals and the reading of request bodies; does not know prefill.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{LengthLimitError, Limited};
-use hyper::body::{Body, Incoming};
+use hyper::body::{Body, Frame, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::response;
 use hyper::{Method, Request, Response, StatusCode, Uri};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 use crate::app::App;
 use crate::body::{self, Fields, KV_TRANSFER_PARAMS};
@@ -25,6 +28,9 @@ use crate::upstream::{self, Answer, Deadlines, Failure, Outgoing};
 /// Answers up to this length are read whole before the client gets any of it, so that a server
 /// that breaks off in the middle can be replaced by another.
 const WHOLE_ANSWER_BYTES_MAX: u64 = 8 << 20;
+
+/// A body that comes at this rate is never too slow.
+const BODY_BYTES_PER_SECOND_MIN: f64 = 65_536.0;
 
 /// A request that is ready to be sent.
 pub struct Asked {
@@ -72,12 +78,54 @@ pub async fn read_body(app: &App, body: Incoming) -> Result<Bytes, Refused> {
     if body.size_hint().lower() > limit as u64 {
         return Err(too_large());
     }
-    let read = upstream::collect(Limited::new(body, limit), usize::MAX);
-    match tokio::time::timeout(app.settings.body_timeout, read).await {
-        Ok(Ok(bytes)) => Ok(bytes.unwrap_or_default()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => Err((StatusCode::BAD_REQUEST, format!("the body broke off: {error}"))),
-        Err(_) => Err((StatusCode::REQUEST_TIMEOUT, "the body did not come in time".to_owned())),
+    let body = Paced::new(body, app.settings.body_timeout);
+    match upstream::collect(body, limit).await {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err(too_large()),
+        Err(TooSlow::Late) => {
+            Err((StatusCode::REQUEST_TIMEOUT, "the body did not come in time".to_owned()))
+        }
+        Err(TooSlow::Broken(error)) => {
+            Err((StatusCode::BAD_REQUEST, format!("the body broke off: {error}")))
+        }
+    }
+}
+
+/// A client's body with a deadline that moves with what came.
+struct Paced {
+    body: Incoming,
+    timer: Pin<Box<Sleep>>,
+}
+
+enum TooSlow {
+    Late,
+    Broken(hyper::Error),
+}
+
+impl Paced {
+    fn new(body: Incoming, timeout: Duration) -> Self {
+        Self { body, timer: Box::pin(tokio::time::sleep(timeout)) }
+    }
+}
+
+impl Body for Paced {
+    type Data = Bytes;
+    type Error = TooSlow;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, TooSlow>>> {
+        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+            ready!(self.timer.as_mut().poll(cx));
+            return Poll::Ready(Some(Err(TooSlow::Late)));
+        };
+        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
+            let earned = Duration::from_secs_f64(data.len() as f64 / BODY_BYTES_PER_SECOND_MIN);
+            let deadline = self.timer.deadline() + earned;
+            self.timer.as_mut().reset(deadline);
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(TooSlow::Broken)))
     }
 }
 
@@ -139,6 +187,12 @@ pub async fn ask(app: &Arc<App>, asked: Asked, mut record: Record) -> Response<R
     }
 }
 
+/// A deadline of a part of a request, which ends no later than the request's own.
+pub fn left(app: &App, record: &Record, limit: Duration) -> Duration {
+    let total = app.settings.request_timeout;
+    total.map_or(limit, |total| limit.min(total.saturating_sub(record.arrived().elapsed())))
+}
+
 enum Last {
     Nothing,
     Refused(Refused),
@@ -177,10 +231,7 @@ async fn attempted(
     record: &Record,
 ) -> Result<Begun, Failure> {
     let settings = &app.settings;
-    let left =
-        settings.request_timeout.map(|total| total.saturating_sub(record.arrived().elapsed()));
-    let limit =
-        left.map_or(settings.first_byte_timeout, |left| left.min(settings.first_byte_timeout));
+    let limit = left(app, record, settings.first_byte_timeout);
     let deadlines = Deadlines { connect: settings.connect_timeout, head: limit };
     let started = std::time::Instant::now();
     let begin = async {
@@ -275,8 +326,8 @@ fn response_of(asked: &Asked, head: response::Parts, reply: Reply) -> Response<R
     response
 }
 
-/// A request that is none for tokens. JSON is read, so that it can be retried and a client's
-/// transfer parameters be taken out; everything else (uploads) flows through.
+/// A request that is none for tokens. A client's transfer parameters are taken out of JSON;
+/// everything else (uploads) passes as it is.
 pub async fn pass(
     app: &Arc<App>,
     request: Request<Incoming>,
@@ -287,17 +338,18 @@ pub async fn pass(
     record.request(id.to_str().unwrap_or_default(), 0);
     let outgoing = Outgoing::of(&parts, headers);
     let hint = Hint { work: 1, ..Hint::default() };
-    if !body.is_end_stream() && !headers::may_be_json(&parts.headers) {
-        return pass_stream(app, outgoing, body, id, record).await;
-    }
     let body = match read_body(app, body).await {
         Ok(body) => body,
         Err(refused) => return refuse(record, &id, refused),
     };
     record.request(id.to_str().unwrap_or_default(), body.len());
-    let body = match Fields::parse(&body) {
+    let fields = match headers::may_be_json(&parts.headers) {
+        true => Fields::parse(&body),
+        false => None,
+    };
+    let body = match fields {
         Some(fields) => body::for_decode(&body, &fields, None),
-        None if body::may_hide_params(&body) && mentions(&body) => {
+        None if headers::may_be_json(&parts.headers) && mentions(&body) => {
             let why = format!("the body names `{KV_TRANSFER_PARAMS}` but is not a JSON object");
             return refuse(record, &id, (StatusCode::BAD_REQUEST, why));
         }
@@ -308,41 +360,6 @@ pub async fn pass(
 
 fn mentions(body: &Bytes) -> bool {
     memchr::memmem::find(body, KV_TRANSFER_PARAMS.as_bytes()).is_some()
-}
-
-/// An upload: one attempt, since its body is gone once it was sent.
-async fn pass_stream(
-    app: &Arc<App>,
-    outgoing: Outgoing,
-    body: Incoming,
-    id: HeaderValue,
-    mut record: Record,
-) -> Response<Reply> {
-    let hint = Hint { work: 1, ..Hint::default() };
-    let lease = match app.pools.answering().acquire(hint.clone()).await {
-        Ok(lease) => lease,
-        Err(refusal) => return refuse(record, &id, overloaded(refusal)),
-    };
-    record.sent_to(&lease.instance, false);
-    let settings = &app.settings;
-    let deadlines =
-        Deadlines { connect: settings.connect_timeout, head: settings.first_byte_timeout };
-    let started = std::time::Instant::now();
-    let answer = upstream::send_stream(&lease.instance, &outgoing, body, deadlines).await;
-    let begun = match answer {
-        Ok(answer) => begun(answer, &lease, started).await,
-        Err(failure) => Err(failure),
-    };
-    let asked = Asked { outgoing, body: Bytes::new(), form: Form::Plain, hint, id };
-    match begun {
-        Ok(Begun::Whole(head, body)) => whole(&asked, head, body, record),
-        Ok(Begun::Flowing(head, flow)) => flowing(app, &asked, head, flow.source(lease), record),
-        Err(failure) => {
-            lease.instance.request_failed(&failure.to_string());
-            let why = format!("{} server {} {failure}", lease.instance.role, lease.instance.name);
-            refuse(record, &asked.id, (StatusCode::BAD_GATEWAY, why))
-        }
-    }
 }
 
 /// A stored response is known to the server that made it: asks one after the other, and passes the

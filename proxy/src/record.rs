@@ -134,6 +134,9 @@ impl Record {
         let now = Instant::now();
         self.first_byte = Some(now);
         self.line.first_byte_ms = Some(millis(now - self.arrived));
+        if !matches!(self.route, Route::Generate(_)) {
+            return; // a list of models is no token
+        }
         self.app.metrics.ttft.observe(now - self.arrived);
         let counters = self.server.as_ref().map(|server| &server.counters);
         if let Some(counters) = counters {
@@ -180,7 +183,9 @@ impl Drop for Record {
         metrics.in_flight.fetch_sub(1, Relaxed);
         metrics.count_request(self.route.label(), self.line.status, outcome);
         metrics.duration.observe(now - self.arrived);
-        if let (Some(sent), Outcome::Finished) = (self.decode_sent, outcome) {
+        if let (Some(sent), Outcome::Finished, Route::Generate(_)) =
+            (self.decode_sent, outcome, self.route)
+        {
             metrics.decode.observe(now - sent);
         }
         if let (Some(first), 2..) = (self.first_byte, self.line.events) {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::app::App;
-use crate::instance::{Address, Instance, Role};
+use crate::instance::{Address, Instance, Role, Scheme};
 use crate::log;
 use crate::options;
 use crate::routing::Routing;
@@ -14,15 +14,12 @@ use crate::watch;
 
 /// Applies the file. A mistake in it changes nothing.
 pub async fn reload(app: &Arc<App>) {
-    let Some(path) = &app.settings.config_file else {
-        log::warn("SIGHUP: there is no --config file to read again");
-        return;
+    let applied = match options::reload(&app.settings.command_line) {
+        Ok((servers, routing)) => apply(app, servers, routing).await,
+        Err(why) => Err(why),
     };
-    match options::reload(path) {
-        Ok((servers, routing)) => match apply(app, servers, routing).await {
-            Ok(()) => log::info(format!("`{}` is read again", path.display())),
-            Err(why) => log::warn(format!("SIGHUP changes nothing: {why}")),
-        },
+    match applied {
+        Ok(()) => log::info("SIGHUP: the configuration file is read again"),
         Err(why) => log::warn(format!("SIGHUP changes nothing: {why}")),
     }
 }
@@ -40,12 +37,15 @@ async fn apply(app: &Arc<App>, servers: Servers, routing: Option<Routing>) -> Re
         }
         for address in addresses {
             upstream::resolve(address).await?;
+            if address.scheme == Scheme::Https {
+                app.settings.trust.connector()?;
+            }
         }
     }
     for (role, addresses) in wanted {
         let Some(pool) = app.pools.of(role) else { continue };
         for address in &addresses {
-            let instance = Arc::new(Instance::new(role, address.clone(), app.settings.health));
+            let instance = Instance::new(role, address.clone(), &app.settings)?;
             if pool.add(instance.clone()) {
                 log::info(format!("{role} server {address} is added"));
                 watch::spawn(app.clone(), instance);

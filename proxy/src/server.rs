@@ -9,7 +9,6 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,18 +21,13 @@ use crate::log;
 use crate::reload;
 use crate::service;
 use crate::settings::Settings;
+use crate::socket;
 use crate::tls;
 use crate::upstream;
 use crate::watch as watching;
 
 /// After an error of accept, such as no descriptors left, the listener rests this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// A silent client is asked for a sign of life after this, then so often and so many times.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 3;
-/// A client that acknowledges, or reads, nothing for so long is taken for gone.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(300);
 /// A TLS handshake takes at most this.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -78,7 +72,11 @@ pub async fn run(settings: Settings) -> Result<(), String> {
             _ = interrupt.recv() => break,
         }
     }
-    shut_down(&app, stop).await;
+    tokio::select! {
+        () = shut_down(&app, stop) => {}
+        _ = terminate.recv() => log::warn("a second signal: requests in flight are cut off"),
+        _ = interrupt.recv() => log::warn("a second signal: requests in flight are cut off"),
+    }
     Ok(())
 }
 
@@ -120,7 +118,7 @@ async fn bind(host: &str, port: u16) -> Result<Vec<TcpListener>, String> {
         }
         match TcpListener::bind(address).await {
             Ok(listener) => listeners.push(listener),
-            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {}
+            Err(error) if is_absent(&error) => {}
             Err(error) => return Err(format!("cannot listen on {address}: {error}")),
         }
     }
@@ -128,6 +126,12 @@ async fn bind(host: &str, port: u16) -> Result<Vec<TcpListener>, String> {
         return Err(format!("--host `{host}` has no address of this machine"));
     }
     Ok(listeners)
+}
+
+/// Whether this machine does not have the address: not assigned, or its family is turned off.
+fn is_absent(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::AddrNotAvailable
+        || error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error())
 }
 
 fn announce(app: &App, listeners: &[TcpListener]) {
@@ -183,7 +187,7 @@ async fn accept_all(listener: TcpListener, mut shared: Shared) {
 
 async fn connection(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
     // Best effort: without these options it works, later.
-    let _ = tune(&stream);
+    let _ = socket::tune(&stream);
     match &shared.tls {
         None => serve(stream, peer, shared).await,
         Some(tls) => {
@@ -196,21 +200,9 @@ async fn connection(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
     }
 }
 
-/// An event is a small packet that must not wait for the acknowledgement of the one before; and a
-/// client whose machine or network is gone sends no end, so silence has to tell.
-fn tune(stream: &TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
-    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
-    sockopt::set_tcp_user_timeout(stream, UNACKNOWLEDGED_MAX.as_millis() as u32)?;
-    Ok(())
-}
-
 async fn serve<S>(stream: S, peer: SocketAddr, shared: &Shared)
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     // Boxed, so that an idle connection does not hold the room of a request.
     let service =
@@ -220,7 +212,8 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(settings.body_timeout)
         .max_buf_size(settings.max_header)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let mut stopping = shared.stopping.clone();
     tokio::select! {

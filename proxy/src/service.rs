@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -23,6 +23,7 @@ use crate::passage;
 use crate::pool::Refusal;
 use crate::record::Record;
 use crate::reply::{self, Reply};
+use crate::tunnel;
 use crate::upstream::{self, Deadlines, Outgoing};
 
 /// A server's answer to a request that goes everywhere is a word or two.
@@ -35,6 +36,10 @@ pub async fn answer(
     request: Request<Incoming>,
     peer: SocketAddr,
 ) -> Result<Response<Reply>, Infallible> {
+    if request.method() == Method::CONNECT {
+        let why = "CONNECT: this is a proxy in front of servers, not one to the world";
+        return Ok(reply::error(StatusCode::METHOD_NOT_ALLOWED, why));
+    }
     let path = request.uri().path();
     let route = Route::of(request.method(), path);
     let record = || Record::new(app.clone(), route, request.method(), path, peer);
@@ -50,6 +55,10 @@ pub async fn answer(
         Route::Generate(generation) => {
             let record = record();
             forward::generate(&app, generation, request, record).await
+        }
+        Route::Pass if tunnel::is_asked_for(&request) => {
+            let record = record();
+            tunnel::open(&app, request, record).await
         }
         Route::Pass => {
             let record = record();
@@ -136,7 +145,7 @@ async fn instance_metrics(app: &App, name: &str) -> Response<Reply> {
     };
     let target = hyper::Uri::from_static("/metrics");
     let headers = hyper::HeaderMap::new();
-    let outgoing = Outgoing { method: hyper::Method::GET, target, headers };
+    let outgoing = Outgoing { method: Method::GET, target, headers };
     let limit = app.settings.probe_timeout;
     let deadlines = Deadlines { connect: app.settings.connect_timeout.min(limit), head: limit };
     let failed = |why: String| {
@@ -154,7 +163,7 @@ async fn instance_metrics(app: &App, name: &str) -> Response<Reply> {
 }
 
 /// Sends a request to every server. The answer is that of the first that failed, else that of the
-/// first that answers clients.
+/// first that answers clients and knows the path.
 async fn everywhere(
     app: &Arc<App>,
     request: Request<Incoming>,
@@ -177,7 +186,7 @@ async fn everywhere(
         running.spawn(async move { (index, tell(&instance, &outgoing, body, deadlines).await) });
     }
     let mut answers = running.join_all().await;
-    answers.sort_by_key(|(index, answer)| (answer.status().is_success(), *index));
+    answers.sort_by_key(|(index, answer)| (Told::by(answer.status()), *index));
     let Some((_, mut answer)) = answers.into_iter().next() else {
         return passage::refuse(record, &id, passage::overloaded(Refusal::NoServer));
     };
@@ -185,6 +194,25 @@ async fn everywhere(
     record.finish(Outcome::Finished);
     headers::toward_client(answer.headers_mut(), &id);
     answer
+}
+
+/// How a server took a request that goes everywhere; the worst is what the client gets to know.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Told {
+    Failed,
+    Done,
+    /// It has nothing of the kind, such as a profiler that was not turned on.
+    Unknown,
+}
+
+impl Told {
+    fn by(status: StatusCode) -> Self {
+        match status {
+            status if status.is_success() => Self::Done,
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Self::Unknown,
+            _ => Self::Failed,
+        }
+    }
 }
 
 async fn tell(

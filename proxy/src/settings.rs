@@ -2,14 +2,17 @@
 //! written (command line, file) is another file's.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use crate::health::Rules;
 use crate::instance::Address;
+use crate::options::Options;
 use crate::pool::Limits;
 use crate::routing::Routing;
+use crate::tls::Trust;
 
 /// What happens to a request whose prefill leg failed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -99,10 +102,12 @@ pub struct Settings {
     pub admin_port: Option<u16>,
     /// TLS towards clients.
     pub tls: Option<TlsFiles>,
+    /// TLS towards servers.
+    pub trust: Arc<Trust>,
     /// Requests in flight get this long at shutdown.
     pub shutdown_timeout: Duration,
-    /// The file that SIGHUP reads again.
-    pub config_file: Option<PathBuf>,
+    /// What the command line alone said: SIGHUP reads the file again and puts this over it.
+    pub command_line: Options,
     /// Things to tell at start.
     pub notices: Vec<String>,
 }

@@ -4,6 +4,7 @@
 //! A connection that is dropped before its answer was read to the end is closed at once: that is
 //! how a server learns that nobody wants the answer any more.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -19,11 +20,14 @@ use hyper::header::{HOST, HeaderMap, HeaderValue};
 use hyper::http::{request, response};
 use hyper::{Method, Request, Uri};
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::instance::{Address, Instance};
+use crate::socket;
 
 /// Idle connections are not used after this: uvicorn closes them after 5 s, and a request written
 /// into a connection that is being closed is lost.
@@ -32,6 +36,9 @@ const IDLE_MAX: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS_MAX: usize = 512;
 /// A connection whose answer has just ended is ready for the next request within this.
 const READY_MAX: Duration = Duration::from_millis(20);
+/// A kept connection that the server was closing while a request was written into it says so
+/// within a round trip. One that breaks later had a server that worked on the request.
+const STALE_MAX: Duration = Duration::from_secs(1);
 
 /// Deadlines of one exchange.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +54,9 @@ pub struct Deadlines {
 pub enum Failure {
     /// The server cannot be reached.
     Connect(String),
-    /// The connection ended or spoke no HTTP.
+    /// The connection ended before any answer.
+    Closed(String),
+    /// The connection ended within the answer or spoke no HTTP.
     Broken(String),
     /// The connection had ended before the request went out.
     Unsent,
@@ -59,47 +68,39 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Self::Connect(why) => write!(f, "cannot be reached: {why}"),
-            Self::Broken(why) => write!(f, "broke the connection: {why}"),
+            Self::Closed(why) | Self::Broken(why) => write!(f, "broke the connection: {why}"),
             Self::Unsent => f.write_str("closed the connection"),
             Self::Timeout(after) => write!(f, "did not answer within {} s", after.as_secs_f64()),
         }
     }
 }
 
-/// A request body: in memory, or the client's own passed through.
-pub enum SendBody {
-    /// In memory.
-    Full(Option<Bytes>),
-    /// From the client as it comes.
-    Stream(Incoming),
+/// A request body in memory.
+pub struct SendBody(Option<Bytes>);
+
+impl SendBody {
+    fn of(bytes: &Bytes) -> Self {
+        Self((!bytes.is_empty()).then(|| bytes.clone()))
+    }
 }
 
 impl Body for SendBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = Infallible;
 
     fn poll_frame(
         self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.get_mut() {
-            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Stream(body) => Pin::new(body).poll_frame(cx),
-        }
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.get_mut().0.take().map(|bytes| Ok(Frame::data(bytes))))
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Full(bytes) => bytes.is_none(),
-            Self::Stream(body) => body.is_end_stream(),
-        }
+        self.0.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
-            Self::Stream(body) => body.size_hint(),
-        }
+        SizeHint::with_exact(self.0.as_ref().map_or(0, Bytes::len) as u64)
     }
 }
 
@@ -194,8 +195,9 @@ pub struct Answer {
     pub connection: Connection,
 }
 
-/// Sends a request that is in memory. It is sent again on a fresh connection only if nothing of it
-/// went out on a reused one: a server that took a request and closed may have worked on it.
+/// Sends a request. A kept connection may be closed by its server at any moment, also while the
+/// request is on its way: when it ends at once and without any answer, the request is sent again,
+/// once, on a fresh connection, whose end is the server's.
 pub async fn send(
     instance: &Instance,
     outgoing: &Outgoing,
@@ -207,15 +209,15 @@ pub async fn send(
         if !is_ready(&mut connection).await {
             continue;
         }
-        let request = outgoing.request(instance, in_memory(&body));
+        let sent = Instant::now();
+        let request = outgoing.request(instance, SendBody::of(&body));
         match exchange(connection, request, deadlines.head).await {
             Err(Failure::Unsent) => continue,
+            Err(Failure::Closed(_)) if sent.elapsed() < STALE_MAX => break,
             other => return other,
         }
     }
-    let connection = connect(&instance.address, deadlines.connect).await?;
-    let request = outgoing.request(instance, in_memory(&body));
-    exchange(connection, request, deadlines.head).await
+    send_fresh(instance, outgoing, body, deadlines).await
 }
 
 /// Sends a request that is about the server itself, on a fresh connection: an idle one says nothing
@@ -225,27 +227,18 @@ pub async fn probe(
     outgoing: &Outgoing,
     deadlines: Deadlines,
 ) -> Result<Answer, Failure> {
-    let connection = connect(&instance.address, deadlines.connect).await?;
-    let request = outgoing.request(instance, SendBody::Full(None));
-    exchange(connection, request, deadlines.head).await
+    send_fresh(instance, outgoing, Bytes::new(), deadlines).await
 }
 
-/// Sends a request whose body comes from the client while it is sent. It cannot be sent twice, so
-/// it gets a fresh connection.
-pub async fn send_stream(
+/// Sends a request on a connection of its own. Not counted.
+pub async fn send_fresh(
     instance: &Instance,
     outgoing: &Outgoing,
-    body: Incoming,
+    body: Bytes,
     deadlines: Deadlines,
 ) -> Result<Answer, Failure> {
-    instance.counters.requests.fetch_add(1, Relaxed);
-    let connection = connect(&instance.address, deadlines.connect).await?;
-    let request = outgoing.request(instance, SendBody::Stream(body));
-    exchange(connection, request, deadlines.head).await
-}
-
-fn in_memory(body: &Bytes) -> SendBody {
-    SendBody::Full((!body.is_empty()).then(|| body.clone()))
+    let connection = connect(instance, deadlines.connect).await?;
+    exchange(connection, outgoing.request(instance, SendBody::of(&body)), deadlines.head).await
 }
 
 async fn is_ready(connection: &mut Connection) -> bool {
@@ -264,30 +257,52 @@ async fn exchange(
             Ok(Answer { head, body, connection })
         }
         Ok(Err(error)) if error.is_canceled() => Err(Failure::Unsent),
+        Ok(Err(error)) if is_end(&error) => Err(Failure::Closed(chain(&error))),
         Ok(Err(error)) => Err(Failure::Broken(chain(&error))),
         Err(_) => Err(Failure::Timeout(limit)),
     }
 }
 
-async fn connect(address: &Address, limit: Duration) -> Result<Connection, Failure> {
-    let connecting = TcpStream::connect((address.host.as_str(), address.port));
-    let stream = match timeout(limit, connecting).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err(Failure::Connect(error.to_string())),
-        Err(_) => {
-            let seconds = limit.as_secs_f64();
-            return Err(Failure::Connect(format!("no connection within {seconds} s")));
-        }
+/// Whether an error before an answer's head is the end of the connection, and not what was said.
+fn is_end(error: &hyper::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    let cause = std::error::Error::source(error);
+    let cause = cause.and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    error.is_incomplete_message()
+        || cause.is_some_and(|cause| {
+            matches!(cause.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+        })
+}
+
+async fn connect(instance: &Instance, limit: Duration) -> Result<Connection, Failure> {
+    let unreachable = |error: std::io::Error| Failure::Connect(error.to_string());
+    let connecting = async {
+        let Address { host, port, .. } = &instance.address;
+        let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(unreachable)?;
+        // Best effort: without these options it works, later.
+        let _ = socket::tune(&stream);
+        let Some(tls) = &instance.tls else { return handshake(stream).await };
+        let name = ServerName::try_from(host.clone())
+            .map_err(|error| Failure::Connect(format!("`{host}` in TLS: {error}")))?;
+        let stream = tls.connect(name, stream).await;
+        handshake(stream.map_err(|error| Failure::Connect(format!("TLS: {error}")))?).await
     };
-    // Without it a small event may wait 40 ms for the acknowledgement of the one before.
-    let _ = stream.set_nodelay(true);
+    timeout(limit, connecting).await.unwrap_or_else(|_| {
+        Err(Failure::Connect(format!("no connection within {} s", limit.as_secs_f64())))
+    })
+}
+
+async fn handshake<S>(stream: S) -> Result<Connection, Failure>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let (sender, driver) = http1::Builder::new()
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|error| Failure::Broken(chain(&error)))?;
     let driver = tokio::spawn(async move {
         // Its errors reach the request in flight, if there is one.
-        let _ = driver.await;
+        let _ = driver.with_upgrades().await;
     });
     Ok(Connection { sender, driver })
 }

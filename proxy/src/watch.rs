@@ -30,7 +30,9 @@ pub fn spawn(app: Arc<App>, instance: Arc<Instance>) {
             if alive.is_ok() && app.pools.prefill().is_some() && Instant::now() >= namespace_due {
                 let found = fetch_namespace(&app, &instance).await;
                 let interval = match found {
-                    Namespace::Unknown => NAMESPACE_RETRY.min(app.settings.namespace_interval),
+                    Namespace::Unknown | Namespace::NotAsked => {
+                        NAMESPACE_RETRY.min(app.settings.namespace_interval)
+                    }
                     Namespace::Known(_) => app.settings.namespace_interval,
                 };
                 namespace::note(&app.pools, &instance, found);
@@ -73,9 +75,6 @@ async fn get(app: &App, instance: &Instance, path: &str) -> Result<(StatusCode, 
         let answer = answer.map_err(|failure| format!("it {failure}"))?;
         let body = upstream::collect(answer.body, METRICS_BYTES_MAX).await;
         let body = body.map_err(|error| format!("it broke off: {error}"))?;
-        if body.is_some() {
-            instance.idle.put(answer.connection);
-        }
         Ok((answer.head.status, body.unwrap_or_default()))
     };
     let timed_out = || Err(format!("{path} was not answered in {} s", limit.as_secs_f64()));

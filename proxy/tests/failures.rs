@@ -418,6 +418,22 @@ fn a_request_ends_with_its_deadline() {
 }
 
 #[test]
+fn the_deadline_holds_for_prefill_too() {
+    // Goal: a prefill server that hangs does not take longer than the whole request may.
+    block_on(async {
+        let prefill = Server::start(except_probes(Script::Hang)).await;
+        let decode = Server::start(good("decode")).await;
+        let more = "--request-timeout-s 0.5 --prefill-timeout-s 60";
+        let proxy = Proxy::between(&[&prefill], &[&decode], more).await;
+        let request = json!({"prompt": "x"});
+        let sending = post(proxy.port, "/v1/completions", &request);
+        let answer = tokio::time::timeout(Duration::from_secs(20), sending).await;
+        assert_eq!(answer.expect("long before the prefill's deadline").status, 504);
+        eventually("prefill let go", || prefill.open() == 0).await;
+    });
+}
+
+#[test]
 fn a_retry_that_waits_for_one_server_does_not_block_the_others() {
     // Goal: a request whose server failed waits for the busy other one; a newcomer gets the free
     // server at once. And clients that left the queue make room in it.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::client::{get, post, post_text, request, send};
 use common::proxy::{BINARY, Proxy};
 use common::scripted::{Script, Seen, Server, bytes, wait};
-use common::{block_on, eventually};
+use common::{block_on, eventually, raw};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -144,6 +144,51 @@ fn shutdown_lets_requests_finish() {
 }
 
 #[test]
+fn a_second_signal_ends_at_once() {
+    // Goal: whoever asks twice does not wait for requests in flight.
+    block_on(async {
+        let hangs = |seen: &Seen| match seen.method.as_str() {
+            "GET" => Script::json(200, &json!({})),
+            _ => Script::Hang,
+        };
+        let worker = Server::start(hangs).await;
+        let options = ["--worker-hosts", "127.0.0.1", "--worker-ports", &worker.port()];
+        let mut proxy = Proxy::start(&options.map(str::to_owned), &[]).await;
+        let sending = send(proxy.port, request("POST", "/v1/completions", &[], "{}"));
+        let _sending = tokio::spawn(sending);
+        eventually("in flight", || worker.open() == 1).await;
+        signal(&proxy, "-TERM");
+        eventually("shutting down", || proxy.log().contains("shutting down")).await;
+        assert!(proxy.child.try_wait().unwrap().is_none(), "the first one waits");
+        signal(&proxy, "-INT");
+        let started = Instant::now();
+        while proxy.child.try_wait().unwrap().is_none() {
+            assert!(started.elapsed() < Duration::from_secs(10), "the second one does not");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+}
+
+#[test]
+fn what_goes_everywhere_asks_only_those_who_know_it() {
+    // Goal: a server without a profiler does not turn the others' success into a 404; a failure
+    // of one is told.
+    block_on(async {
+        let without = |seen: &Seen| match seen.path.as_str() {
+            "/start_profile" => Script::json(404, &json!({"detail": "Not Found"})),
+            _ => Script::json(500, &json!({"of": "prefill"})),
+        };
+        let (prefill, decode) =
+            (Server::start(without).await, Server::start(named("decode")).await);
+        let proxy = Proxy::between(&[&prefill], &[&decode], "--probe-interval-s 60").await;
+        let answer = post_text(proxy.port, "/start_profile", &[], "").await;
+        assert_eq!((answer.status, answer.json()["of"].as_str()), (200, Some("decode")));
+        let answer = post_text(proxy.port, "/stop_profile", &[], "").await;
+        assert_eq!((answer.status, answer.json()["of"].as_str()), (500, Some("prefill")));
+    });
+}
+
+#[test]
 fn namespaces_that_cannot_share_are_told_loudly() {
     // Goal: the field is named; other byte order and no metric are something else; it changes live.
     block_on(async {
@@ -175,7 +220,8 @@ fn namespaces_that_cannot_share_are_told_loudly() {
 
         let silent = Server::start(named("x")).await;
         let proxy = Proxy::between(&[&prefill], &[&silent], "--probe-interval-s 0.05").await;
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        let unknown = format!("decode server {} publishes no ucm_namespace_info", silent.address);
+        eventually("said", || proxy.log().contains(&unknown)).await;
         assert_eq!(get(proxy.port, "/healthcheck").await.json()["kv_sharing"], "unknown");
     });
 }
@@ -265,6 +311,63 @@ fn https_towards_clients() {
         let answer = answer.await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("worker"), "{answer}");
         assert!(send(port, request("GET", "/health", &[], "")).await.is_err());
+    });
+}
+
+#[test]
+fn https_towards_servers() {
+    // Goal: a server named as https:// is spoken to in TLS and believed only with a certificate
+    // that is trusted; else the error says what to do.
+    block_on(async {
+        let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let trusted = directory.path().join("ca.pem");
+        std::fs::write(&trusted, certified.cert.pem()).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certified.cert.der().clone()], key.unwrap())
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let plain = Server::start(named("behind-tls")).await;
+        let behind = plain.address;
+        let port = raw::serve(move |stream, _| {
+            let acceptor = acceptor.clone();
+            async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut plain = tokio::net::TcpStream::connect(behind).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut plain).await;
+            }
+        })
+        .await;
+        let options = |more: &[&str]| {
+            let servers = ["--worker-hosts", "https://localhost", "--worker-ports", &port];
+            servers.iter().chain(more).map(|word| (*word).to_owned()).collect::<Vec<_>>()
+        };
+        let trusted = trusted.display().to_string();
+        let proxy = Proxy::start(&options(&["--upstream-ca", &trusted]), &[]).await;
+        for _ in 0..3 {
+            assert_eq!(ask(&proxy).await, "behind-tls");
+        }
+        let seen = plain.seen();
+        assert_eq!(seen[0].header("host"), format!("localhost:{port}"));
+        let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let untrusted = directory.path().join("other.pem");
+        std::fs::write(&untrusted, other.cert.pem()).unwrap();
+        let untrusted = untrusted.display().to_string();
+        let proxy = Proxy::start(&options(&["--upstream-ca", &untrusted]), &[]).await;
+        let answer = post(proxy.port, "/v1/completions", &json!({"prompt": "x"})).await;
+        assert_eq!(answer.status, 502);
+        assert!(answer.text().contains("TLS") && answer.text().contains("certificate"));
+        let wrong = Command::new(BINARY)
+            .args(options(&["--port", "0", "--upstream-ca", "/no/such.pem"]))
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&wrong.stderr).into_owned();
+        assert!(error.contains("--upstream-ca `/no/such.pem`"), "{error}");
     });
 }
 

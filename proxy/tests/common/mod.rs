@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod proxy;
+pub mod raw;
 pub mod scripted;
 
 use std::future::Future;

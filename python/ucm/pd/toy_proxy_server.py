@@ -1,9 +1,10 @@
 """``python3 toy_proxy_server.py ...``: starts ``ucm-proxy`` with the same arguments.
 
 The name is the one that people's scripts call; the proxy itself is a binary. It is looked for in
-this order: the file that the environment variable ``UCM_PROXY`` names, ``bin/ucm-proxy`` in the
-installed package, this Python's directory of scripts (where the wheel puts it), ``PATH``. Nothing
-but the standard library is imported, so that the file also runs by itself, without the package.
+this order: the file that the environment variable ``UCM_PROXY`` names, the directory of scripts
+that belongs to the installed package (where the wheel puts it; also when another Python runs this
+file), those of this Python and of this user, ``PATH``. Nothing but the standard library is imported,
+so that the file also runs by itself, without the package.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ def _is_program(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
 
 
+def _folders() -> list[Path]:
+    """Where installers put a package's programs."""
+    packages = Path(__file__).resolve().parents[2]  # .../lib/python3.x/site-packages
+    prefix = packages.parents[min(2, len(packages.parents) - 1)]
+    scripts = [sysconfig.get_path("scripts")]
+    if "posix_user" in sysconfig.get_scheme_names():
+        scripts.append(sysconfig.get_path("scripts", "posix_user"))
+    folders = [prefix / "bin", packages / "bin", *map(Path, scripts), Path(sys.executable).parent]
+    return list(dict.fromkeys(folders))
+
+
 def find_binary() -> Path:
     """The binary to start; raises `BinaryNotFoundError` with the places that were tried."""
     named = os.environ.get(ENVIRONMENT)
@@ -34,9 +46,7 @@ def find_binary() -> Path:
         if _is_program(Path(named)):
             return Path(named)
         raise BinaryNotFoundError(f"{ENVIRONMENT} is {named!r}, which is no program")
-    package = Path(__file__).resolve().parent.parent
-    folders = [package / "bin", Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
-    for folder in folders:
+    for folder in (folders := _folders()):
         if _is_program(folder / BINARY):
             return folder / BINARY
     found = shutil.which(BINARY)
