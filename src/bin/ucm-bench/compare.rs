@@ -63,6 +63,7 @@ pub fn command() -> Command {
         .about("Compares the engine with a known yardstick")
         .subcommand_required(true)
         .subcommand(fio)
+        .subcommand(crate::beside::command())
 }
 
 /// One round of one side.
@@ -82,10 +83,13 @@ struct Round {
 
 /// Median and range of a ratio.
 #[derive(Clone, Copy, Debug, Serialize)]
-struct Ratio {
-    median: f64,
-    least: f64,
-    most: f64,
+pub struct Ratio {
+    /// The middle.
+    pub median: f64,
+    /// The smallest.
+    pub least: f64,
+    /// The largest.
+    pub most: f64,
 }
 
 #[derive(Serialize)]
@@ -331,7 +335,8 @@ fn round_of(engine: &GroupResult, fio: &FioResult, memcpy: &GroupResult) -> Resu
     })
 }
 
-fn spread(mut values: Vec<f64>) -> Ratio {
+/// Median and range of what the rounds gave.
+pub fn spread(mut values: Vec<f64>) -> Ratio {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     let median = if values.len() % 2 == 1 {

@@ -1,6 +1,7 @@
 //! `ucm-bench`: measures a store as fio measures a drive. See `docs/performance.md`.
 
 mod abi;
+mod beside;
 mod calls;
 mod cli;
 mod compare;
@@ -84,10 +85,11 @@ fn start() -> Result<ExitCode, String> {
             Ok(ExitCode::SUCCESS)
         }
         Some(("sweep", matches)) => sweep::main(matches, &context(matches)),
-        Some(("compare", matches)) => {
-            let (_, inner) = matches.subcommand().ok_or("compare with what? fio")?;
-            compare::main(inner, &context(inner))
-        }
+        Some(("compare", matches)) => match matches.subcommand() {
+            Some(("beside", inner)) => beside::main(inner, &context(inner)),
+            Some((_, inner)) => compare::main(inner, &context(inner)),
+            None => Err("compare fio or compare beside".into()),
+        },
         Some(("trace", matches)) => match matches.subcommand() {
             Some(("generate", inner)) => trace::generate::main(inner),
             Some((_, inner)) => trace::main(inner, &context(inner)),

@@ -109,7 +109,7 @@ pub fn run_group(jobs: &[Job], context: &Context) -> Result<GroupResult, String>
     };
     let mut ready = Vec::new();
     for job in jobs {
-        ready.push(Ready::new(job, folders_of(job), Layout::Needed, context)?);
+        ready.push(Ready::new(job, folders_of(job), Layout::Needed, None, context)?);
     }
     let result = measure(&ready, context);
     // Stores are closed before their files go.
@@ -136,7 +136,21 @@ pub fn run_in(
 ) -> Result<GroupResult, String> {
     let mut ready = Vec::new();
     for job in jobs {
-        ready.push(Ready::new(job, folders.to_vec(), layout, context)?);
+        ready.push(Ready::new(job, folders.to_vec(), layout, None, context)?);
+    }
+    measure(&ready, context)
+}
+
+/// Runs jobs together on one store, the first job's: as a server loads and saves.
+pub fn run_sharing(
+    jobs: &[Job],
+    folders: &[PathBuf],
+    context: &Context,
+) -> Result<GroupResult, String> {
+    let mut ready: Vec<Ready<'_>> = Vec::new();
+    for job in jobs {
+        let store = ready.first().map(|first| Arc::clone(&first.stores[0]));
+        ready.push(Ready::new(job, folders.to_vec(), Layout::Needed, store, context)?);
     }
     measure(&ready, context)
 }
@@ -168,7 +182,7 @@ struct Ready<'a> {
     blocks: u64,
     folders: Vec<PathBuf>,
     /// One store, or one a thread (open loops wait on the store's completion descriptor, which is one).
-    stores: Vec<Store>,
+    stores: Vec<Arc<Store>>,
     pages: Vec<Pages>,
     /// Memory of `memcpy`.
     copies: Option<Copies>,
@@ -180,6 +194,7 @@ impl<'a> Ready<'a> {
         job: &'a Job,
         folders: Vec<PathBuf>,
         data: Layout,
+        lent: Option<Arc<Store>>,
         context: &Context,
     ) -> Result<Self, String> {
         let shape = job.shape()?;
@@ -200,6 +215,11 @@ impl<'a> Ready<'a> {
             ready.copies = Some(Copies::new(job, &ready.shape)?);
             return Ok(ready);
         }
+        if let Some(store) = lent {
+            ready.stores.push(store);
+            ready.make_pages()?;
+            return Ok(ready);
+        }
         let first = Store::open(&options).map_err(told)?;
         if job.rw.needs_data() && data == Layout::Needed {
             layout(job, &ready.shape, blocks, &first, context)?;
@@ -211,10 +231,10 @@ impl<'a> Ready<'a> {
             Store::open(&options).map_err(told)?
         };
         first.refresh().map_err(told)?;
-        ready.stores.push(first);
+        ready.stores.push(Arc::new(first));
         if job.arrivals()?.is_some() {
             for _ in 1..job.numjobs {
-                ready.stores.push(Store::open(&options).map_err(told)?);
+                ready.stores.push(Arc::new(Store::open(&options).map_err(told)?));
             }
         }
         if job.writers > 0 {

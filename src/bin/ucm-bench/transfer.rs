@@ -112,8 +112,12 @@ impl<'a> Transfer<'a> {
         self.open_loop = arrivals.is_some();
         let begin = Instant::now();
         let mut through = false;
+        let mut stopped = None;
         loop {
             let stop = self.bench.shared.stop.load(Ordering::Relaxed);
+            if stop {
+                stopped.get_or_insert_with(|| begin.elapsed());
+            }
             while !through && !stop && !self.refused() {
                 let start = match &mut arrivals {
                     Some(arrivals) if begin + arrivals.due() > Instant::now() => break,
@@ -139,7 +143,7 @@ impl<'a> Transfer<'a> {
         }
         if let (Some(arrivals), false) = (&mut arrivals, through) {
             // They stood in line when the run was stopped: to leave them out would flatter the store.
-            let unserved = arrivals.passed_by(begin.elapsed());
+            let unserved = arrivals.passed_by(stopped.unwrap_or_else(|| begin.elapsed()));
             if unserved > 0 {
                 self.tally.error("UNSERVED".into(), unserved, || {
                     "arrivals still in line at the end: the rate is more than the store carries"
