@@ -222,21 +222,6 @@ fn saving_what_is_present_costs_no_io() {
     }
 }
 
-/// Overwrites bytes of every segment at each place where block `number`'s first bytes are found.
-fn damage(directory: &Path, number: u64) {
-    let needle: Vec<u8> = (0..64).map(|at| expected(number, at)).collect();
-    let mut hits = 0;
-    for path in files(directory, "segments") {
-        let mut bytes = std::fs::read(&path).unwrap();
-        if let Some(at) = bytes.windows(64).position(|window| window == needle) {
-            bytes[at + 5] ^= 1;
-            std::fs::write(&path, bytes).unwrap();
-            hits += 1;
-        }
-    }
-    assert_eq!(hits, 1, "block {number} is on storage once");
-}
-
 /// Goal: a damaged block is CORRUPT, its neighbours load, lookup stops promising it, and it can be saved anew.
 #[test]
 fn a_damaged_block_is_corrupt_and_can_be_saved_again() {
