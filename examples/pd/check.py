@@ -53,6 +53,29 @@ HANDOFF_WAIT_S = 60
 TOO_SMALL_GB = 0.0002
 """Room for one block of the small model."""
 EAGER = "--enforce-eager"
+
+
+class Ports:
+    """Where everything listens, counted from one port."""
+
+    first = 7800
+
+    @classmethod
+    def proxy(cls) -> int:
+        return cls.first + 5
+
+    @classmethod
+    def plain(cls) -> int:
+        return cls.first + 10
+
+    @classmethod
+    def prefill(cls, pair: int) -> int:
+        return cls.first + 20 + 2 * pair
+
+    @classmethod
+    def decode(cls, pair: int) -> int:
+        return cls.prefill(pair) + 1
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -140,6 +163,9 @@ class Setup:
         self.case, self.directory = options.case, directory
         self.python = {"kv_producer": options.prefill_python}
         self.eager = {"kv_producer": not options.compile_prefill}
+        # Compiled code rounds bfloat16 less often than eager code does, so that the two generate
+        # different tokens now and then, with or without UCM; in float32 they agree.
+        self.dtype = "float32" if options.compile_prefill else "bfloat16"
 
     def config(self, role: str) -> str:
         """The connector's configuration file of one role."""
@@ -181,7 +207,8 @@ class Setup:
     def server(self, name: str, port: int, role: str | None, *more: str) -> Any:
         python = str(self.python.get(role or "", sys.executable))
         eager = self.eager.get(role or "", True)
-        dtype = "float32" if self.case == "dtype" and role == "kv_producer" else "bfloat16"
+        other = "bfloat16" if self.dtype == "float32" else "float32"
+        dtype = other if self.case == "dtype" and role == "kv_producer" else self.dtype
         command = [
             python, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
             "--served-model-name", "tiny", "--port", str(port), "--block-size", str(BLOCK),
@@ -231,15 +258,15 @@ class Setup:
 
 def compare(pairs: int, expected: dict[int, str], seed: int, shares: bool) -> None:
     """The checks while all servers live; ``shares`` is whether decode finds what prefill computed."""
-    decode = [7821 + 2 * pair for pair in range(pairs)]
+    decode = [Ports.decode(pair) for pair in range(pairs)]
     started = time.monotonic()
-    text = complete(7805, "What date is today?")
+    text = complete(Ports.proxy(), "What date is today?")
     seconds = time.monotonic() - started
     check("a prompt shorter than a block", text == expected[0], f"{seconds:.2f} s")
     for length in LENGTHS:
         before = [measures(port) for port in decode]
         started = time.monotonic()
-        text = complete(7805, prompt(length, seed))
+        text = complete(Ports.proxy(), prompt(length, seed))
         seconds = time.monotonic() - started
         check(f"{length} tokens: output of the plain server", text == expected[length], f"{seconds:.2f} s")
         after = [measures(port) for port in decode]
@@ -265,7 +292,7 @@ def kill_one(name: str, process: subprocess.Popen[bytes], expected: dict[int, st
     """Half-way through a round of requests one server dies; every answer is right."""
     lengths = [*LENGTHS[:4], *LENGTHS[:4]]
     with concurrent.futures.ThreadPoolExecutor(len(lengths)) as pool:
-        answers = [pool.submit(complete, 7805, prompt(length, seed)) for length in lengths]
+        answers = [pool.submit(complete, Ports.proxy(), prompt(length, seed)) for length in lengths]
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGKILL)
         texts = [answer.result() for answer in answers]
@@ -291,23 +318,25 @@ def main() -> None:
         action="store_true",
         help="prefill servers without --enforce-eager: compiles for minutes, needs a C++ compiler",
     )
+    parser.add_argument("--first-port", type=int, default=Ports.first, help="the first of 25 ports")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10_000)
     options = parser.parse_args()
+    Ports.first = options.first_port
     directory = Path(tempfile.mkdtemp(prefix="ucm-pd-"))
     print(f"logs in {directory}")
     setup = Setup(options, directory)
-    with setup.server("plain", 7810, None, "--no-enable-prefix-caching") as plain:
-        setup.ready(("plain", 7810, plain))
-        expected = {length: complete(7810, prompt(length, options.seed)) for length in LENGTHS}
-        expected[0] = complete(7810, "What date is today?")
+    with setup.server("plain", Ports.plain(), None, "--no-enable-prefix-caching") as plain:
+        setup.ready(("plain", Ports.plain(), plain))
+        expected = {length: complete(Ports.plain(), prompt(length, options.seed)) for length in LENGTHS}
+        expected[0] = complete(Ports.plain(), "What date is today?")
     with disaggregated(setup, options.pairs) as processes:
         compare(options.pairs, expected, options.seed, options.case == "shared")
         if options.case == "dtype":
             mismatch_is_named(setup, options.pairs)
         if options.case == "dropped":
-            dropped = sum(counter(7820 + 2 * pair, "ucm_save_failed_blocks") for pair in range(options.pairs))
+            dropped = sum(counter(Ports.prefill(pair), "ucm_save_failed_blocks") for pair in range(options.pairs))
             check("prefill could not save", dropped > 0, dropped)
-        text = stream(7805, prompt(LENGTHS[3], options.seed))
+        text = stream(Ports.proxy(), prompt(LENGTHS[3], options.seed))
         check("a stream gives the same text", text == expected[LENGTHS[3]])
         if options.bench:
             bench(options.model.resolve())
@@ -324,10 +353,10 @@ def mismatch_is_named(setup: Setup, pairs: int) -> None:
     log = (setup.directory / "proxy.log").read_text()
     loud = [line for line in log.splitlines() if "CAN NEVER SHARE KV" in line and "dtype is" in line]
     check("the proxy names the dtype", len(loud) == pairs * pairs, *loud[:1])
-    with urllib.request.urlopen("http://localhost:7805/healthcheck", timeout=30) as response:
+    with urllib.request.urlopen(f"http://localhost:{Ports.proxy()}/healthcheck", timeout=30) as response:
         sharing = json.load(response)["kv_sharing"]
     check("/healthcheck says mismatch", sharing == "mismatch", sharing)
-    counted = sum(counter(7821 + 2 * pair, "ucm_handoff_mismatches", 'field="dtype"') for pair in range(pairs))
+    counted = sum(counter(Ports.decode(pair), "ucm_handoff_mismatches", 'field="dtype"') for pair in range(pairs))
     check("decode counted the field", counted > 0, counted)
 
 
@@ -338,15 +367,16 @@ def disaggregated(setup: Setup, pairs: int) -> Iterator[dict[str, subprocess.Pop
         started = []
         for pair in range(pairs):
             name = f"prefill-{pair}"
-            server = setup.server(name, 7820 + 2 * pair, "kv_producer")
-            started.append((name, 7820 + 2 * pair, stack.enter_context(server)))
+            server = setup.server(name, Ports.prefill(pair), "kv_producer")
+            started.append((name, Ports.prefill(pair), stack.enter_context(server)))
             name = f"decode-{pair}"
-            server = setup.server(name, 7821 + 2 * pair, "kv_consumer", "--no-enable-prefix-caching")
-            started.append((name, 7821 + 2 * pair, stack.enter_context(server)))
+            server = setup.server(name, Ports.decode(pair), "kv_consumer", "--no-enable-prefix-caching")
+            started.append((name, Ports.decode(pair), stack.enter_context(server)))
         setup.ready(*started)
-        decode = [7821 + 2 * pair for pair in range(pairs)]
-        proxy = stack.enter_context(setup.proxy(7805, [port - 1 for port in decode], decode))
-        setup.ready(("proxy", 7805, proxy))
+        decode = [Ports.decode(pair) for pair in range(pairs)]
+        prefill = [Ports.prefill(pair) for pair in range(pairs)]
+        proxy = stack.enter_context(setup.proxy(Ports.proxy(), prefill, decode))
+        setup.ready(("proxy", Ports.proxy(), proxy))
         yield {name: process for name, _, process in started}
 
 
@@ -356,7 +386,7 @@ def bench(model: Path) -> None:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "vllm",
         "--dataset-name", "random", "--random-input-len", "4096", "--random-output-len", "100",
         "--num-prompts", "10", "--ignore-eos", "--model", "tiny", "--tokenizer", str(model),
-        "--host", "localhost", "--port", "7805", "--endpoint", "/v1/completions",
+        "--host", "localhost", "--port", str(Ports.proxy()), "--endpoint", "/v1/completions",
         "--request-rate", "1", "--seed", str(int(time.time())),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | dict(os.environ), check=False)

@@ -56,10 +56,30 @@ struct Way {
     p50: Vec<f64>,
     p99: Vec<f64>,
     rate: Vec<f64>,
-    _child: Option<Running>,
+    /// Processor time a request, microseconds: what stays the same on a machine that others use too.
+    cpu: Vec<f64>,
+    child: Option<Running>,
 }
 
 struct Running(Child);
+
+impl Running {
+    /// Processor time of the process and its children (nginx's workers), so far.
+    fn cpu_seconds(&self) -> f64 {
+        const TICKS_PER_SECOND: f64 = 100.0; // USER_HZ, the same on all that matter
+        let id = self.0.id();
+        let children = format!("/proc/{id}/task/{id}/children");
+        let children = std::fs::read_to_string(children).unwrap_or_default();
+        let ids = children.split_whitespace().map(str::to_owned).chain([id.to_string()]);
+        let ticks = ids.map(|id| {
+            let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            // Behind the name, which may hold anything: state, and user and system time as 12th, 13th.
+            let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+            fields.skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum::<f64>()
+        });
+        ticks.sum::<f64>() / TICKS_PER_SECOND
+    }
+}
 
 impl Drop for Running {
     /// By signal, not by force: nginx's workers outlive a master that is killed.
@@ -107,7 +127,8 @@ async fn run(effort: &Effort) {
 
 impl Way {
     fn new(name: &'static str, address: SocketAddr, legs: f64, child: Option<Running>) -> Self {
-        Self { name, address, legs, p50: vec![], p99: vec![], rate: vec![], _child: child }
+        let empty = Vec::new;
+        Self { name, address, legs, p50: empty(), p99: empty(), rate: empty(), cpu: empty(), child }
     }
 
     async fn measure(&mut self, effort: &Effort) {
@@ -121,6 +142,7 @@ impl Way {
         times.sort_by(f64::total_cmp);
         self.p50.push(times[times.len() / 2]);
         self.p99.push(times[times.len() * 99 / 100]);
+        let cpu_before = self.child.as_ref().map_or(0.0, Running::cpu_seconds);
         let until = Instant::now() + effort.saturation;
         let mut clients = tokio::task::JoinSet::new();
         for _ in 0..effort.connections {
@@ -137,6 +159,8 @@ impl Way {
         }
         let count: u64 = clients.join_all().await.iter().sum();
         self.rate.push(count as f64 / effort.saturation.as_secs_f64());
+        let cpu = self.child.as_ref().map_or(0.0, Running::cpu_seconds) - cpu_before;
+        self.cpu.push(cpu * 1e6 / count as f64);
     }
 }
 
@@ -150,8 +174,16 @@ fn report(ways: &[Way]) {
     let direct = &ways[0];
     let nginx = ways.iter().find(|way| way.name == "nginx");
     println!(
-        "{:<30} {:>9} {:>9} {:>10} {:>10} {:>9} {:>9} {:>9}",
-        "way", "p50 ms", "p99 ms", "added p50", "added p99", "req/s", "of nginx", "per leg"
+        "{:<30} {:>9} {:>9} {:>10} {:>10} {:>9} {:>9} {:>9} {:>9}",
+        "way",
+        "p50 ms",
+        "p99 ms",
+        "added p50",
+        "added p99",
+        "req/s",
+        "of nginx",
+        "per leg",
+        "CPU us"
     );
     for way in ways {
         let added = |of: fn(&Way) -> &Vec<f64>| {
@@ -164,7 +196,7 @@ fn report(ways: &[Way]) {
             median(&ratios.collect::<Vec<_>>())
         });
         println!(
-            "{:<30} {:>9.3} {:>9.3} {:>10.3} {:>10.3} {:>9.0} {:>9.2} {:>9.2}",
+            "{:<30} {:>9.3} {:>9.3} {:>10.3} {:>10.3} {:>9.0} {:>9.2} {:>9.2} {:>9.0}",
             way.name,
             median(&way.p50),
             median(&way.p99),
@@ -172,7 +204,8 @@ fn report(ways: &[Way]) {
             added(|way| &way.p99),
             median(&way.rate),
             ratio,
-            ratio * way.legs
+            ratio * way.legs,
+            median(&way.cpu)
         );
     }
     println!(

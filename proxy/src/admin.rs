@@ -21,8 +21,9 @@ use tokio::net::TcpListener;
 
 use crate::app::App;
 use crate::instance::{Address, Instance, Role};
+use crate::intake;
 use crate::log;
-use crate::passage::{self, Refused};
+use crate::passage::Refused;
 use crate::pool::Pool;
 use crate::reply::{self, Reply};
 use crate::service::describe;
@@ -110,7 +111,8 @@ struct NewInstance {
 
 async fn add(app: &Arc<App>, request: Request<Incoming>) -> Handled {
     let bad = |why: String| (StatusCode::BAD_REQUEST, why);
-    let body = passage::read_body(app, request.into_body()).await?;
+    let (parts, body) = request.into_parts();
+    let body = intake::read(app, &parts.headers, body).await?;
     let new: NewInstance = serde_json::from_slice(&body).map_err(|error| bad(error.to_string()))?;
     let address = Address::new(&new.host, new.port).map_err(bad)?;
     upstream::resolve(&address).await.map_err(bad)?;

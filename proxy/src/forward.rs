@@ -23,6 +23,7 @@ use crate::app::App;
 use crate::body::{self, Fields, KV_TRANSFER_PARAMS};
 use crate::endpoint::Generation;
 use crate::headers;
+use crate::intake;
 use crate::legs::{self, Plan, Skip};
 use crate::passage::{self, Asked};
 use crate::pool::{Hint, Pool, Refusal};
@@ -55,7 +56,7 @@ pub async fn generate(
 ) -> Response<Reply> {
     let (parts, body) = request.into_parts();
     let (headers, id) = headers::toward_servers(&parts.headers, app.key.as_ref());
-    let body = match passage::read_body(app, body).await {
+    let body = match intake::read(app, &parts.headers, body).await {
         Ok(body) => body,
         Err(refused) => return passage::refuse(record, &id, refused),
     };

@@ -23,6 +23,7 @@ mod headers;
 mod health;
 mod histogram;
 mod instance;
+mod intake;
 mod legs;
 mod log;
 mod metrics;

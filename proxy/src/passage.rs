@@ -1,23 +1,21 @@
 //! A request to the servers that answer clients: one at a time, another one while nothing has been
-//! answered. Owns retries, refusals and the reading of request bodies; does not know prefill.
+//! answered. Owns retries and refusals; does not know prefill.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderMap, HeaderValue, TRANSFER_ENCODING};
 use hyper::http::response;
 use hyper::{Method, Request, Response, StatusCode, Uri};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use crate::app::App;
 use crate::body::{self, Fields, KV_TRANSFER_PARAMS};
 use crate::headers;
+use crate::intake;
 use crate::metrics::Outcome;
 use crate::pool::{Hint, Lease, Refusal};
 use crate::record::Record;
@@ -28,9 +26,6 @@ use crate::upstream::{self, Answer, Deadlines, Failure, Outgoing};
 /// Answers up to this length are read whole before the client gets any of it, so that a server
 /// that breaks off in the middle can be replaced by another.
 const WHOLE_ANSWER_BYTES_MAX: u64 = 8 << 20;
-
-/// A body that comes at this rate is never too slow.
-const BODY_BYTES_PER_SECOND_MIN: f64 = 65_536.0;
 
 /// A request that is ready to be sent.
 pub struct Asked {
@@ -66,67 +61,6 @@ pub fn overloaded(refusal: Refusal) -> Refused {
         Refusal::NoServer => "no server is up; try again",
     };
     (StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
-}
-
-/// Reads a request's body, up to the limit.
-pub async fn read_body(app: &App, body: Incoming) -> Result<Bytes, Refused> {
-    let limit = app.settings.max_body;
-    let too_large = || {
-        let why = format!("the body is larger than {limit} bytes (--max-body-mb)");
-        (StatusCode::PAYLOAD_TOO_LARGE, why)
-    };
-    if body.size_hint().lower() > limit as u64 {
-        return Err(too_large());
-    }
-    let body = Paced::new(body, app.settings.body_timeout);
-    match upstream::collect(body, limit).await {
-        Ok(Some(bytes)) => Ok(bytes),
-        Ok(None) => Err(too_large()),
-        Err(TooSlow::Late) => {
-            Err((StatusCode::REQUEST_TIMEOUT, "the body did not come in time".to_owned()))
-        }
-        Err(TooSlow::Broken(error)) => {
-            Err((StatusCode::BAD_REQUEST, format!("the body broke off: {error}")))
-        }
-    }
-}
-
-/// A client's body with a deadline that moves with what came.
-struct Paced {
-    body: Incoming,
-    timer: Pin<Box<Sleep>>,
-}
-
-enum TooSlow {
-    Late,
-    Broken(hyper::Error),
-}
-
-impl Paced {
-    fn new(body: Incoming, timeout: Duration) -> Self {
-        Self { body, timer: Box::pin(tokio::time::sleep(timeout)) }
-    }
-}
-
-impl Body for Paced {
-    type Data = Bytes;
-    type Error = TooSlow;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, TooSlow>>> {
-        let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
-            ready!(self.timer.as_mut().poll(cx));
-            return Poll::Ready(Some(Err(TooSlow::Late)));
-        };
-        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
-            let earned = Duration::from_secs_f64(data.len() as f64 / BODY_BYTES_PER_SECOND_MIN);
-            let deadline = self.timer.deadline() + earned;
-            self.timer.as_mut().reset(deadline);
-        }
-        Poll::Ready(frame.map(|frame| frame.map_err(TooSlow::Broken)))
-    }
 }
 
 /// Whether a status says that the server, not the request, has a problem.
@@ -338,7 +272,7 @@ pub async fn pass(
     record.request(id.to_str().unwrap_or_default(), 0);
     let outgoing = Outgoing::of(&parts, headers);
     let hint = Hint { work: 1, ..Hint::default() };
-    let body = match read_body(app, body).await {
+    let body = match intake::read(app, &parts.headers, body).await {
         Ok(body) => body,
         Err(refused) => return refuse(record, &id, refused),
     };
@@ -372,7 +306,7 @@ pub async fn stored_response(
     let (parts, body) = request.into_parts();
     let response_id = parts.uri.path().split('/').nth(3).unwrap_or_default().to_owned();
     let (headers, id) = headers::toward_servers(&parts.headers, app.key.as_ref());
-    let body = match read_body(app, body).await {
+    let body = match intake::read(app, &parts.headers, body).await {
         Ok(body) => body,
         Err(refused) => return refuse(record, &id, refused),
     };

@@ -17,6 +17,7 @@ use crate::forward;
 use crate::headers;
 use crate::health::Standing;
 use crate::instance::Instance;
+use crate::intake;
 use crate::metrics::Outcome;
 use crate::namespace;
 use crate::passage;
@@ -171,7 +172,7 @@ async fn everywhere(
 ) -> Response<Reply> {
     let (parts, body) = request.into_parts();
     let (headers, id) = headers::toward_servers(&parts.headers, app.key.as_ref());
-    let body = match passage::read_body(app, body).await {
+    let body = match intake::read(app, &parts.headers, body).await {
         Ok(body) => body,
         Err(refused) => return passage::refuse(record, &id, refused),
     };

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::App;
 use crate::instance::Instance;
+use crate::log;
 use crate::namespace::{self, Namespace};
 use crate::upstream::{self, Deadlines, Outgoing};
 
@@ -23,8 +24,16 @@ const NAMESPACE_RETRY: Duration = Duration::from_secs(2);
 pub fn spawn(app: Arc<App>, instance: Arc<Instance>) {
     tokio::spawn(async move {
         let mut namespace_due = Instant::now();
+        let mut is_first = true;
         while !instance.is_removed() {
             let alive = probe(&app, &instance).await;
+            if let (true, Err(why)) = (std::mem::take(&mut is_first), &alive) {
+                // A server may start later than the proxy; a wrong name or port looks the same.
+                log::warn(format!(
+                    "{} server {} is not up yet: {why}",
+                    instance.role, instance.name
+                ));
+            }
             instance.probed(&alive);
             instance.idle.sweep();
             if alive.is_ok() && app.pools.prefill().is_some() && Instant::now() >= namespace_due {

@@ -136,7 +136,7 @@ fn shutdown_lets_requests_finish() {
             if let Some(status) = proxy.child.try_wait().unwrap() {
                 break status;
             }
-            assert!(started.elapsed() < Duration::from_secs(5), "does not end");
+            assert!(started.elapsed() < Duration::from_secs(20), "does not end");
             tokio::time::sleep(Duration::from_millis(10)).await;
         };
         assert_eq!(status.code(), Some(0));
@@ -242,9 +242,9 @@ fn bodies_and_heads_have_limits() {
             "8",
         ];
         let proxy = Proxy::start(&options.map(str::to_owned), &[]).await;
-        let large = "x".repeat(2 << 20);
+        let large = "x".repeat(48 << 20);
         let answer = post_text(proxy.port, "/v1/completions", &[], &large).await;
-        assert_eq!(answer.status, 413);
+        assert_eq!(answer.status, 413, "also for a client that sends everything before it reads");
         assert!(answer.text().contains("--max-body-mb"));
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", proxy.port)).await.unwrap();
         let head = "POST /v1/completions HTTP/1.1\r\nhost: p\r\ntransfer-encoding: chunked\r\n\r\n";
