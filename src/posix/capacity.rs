@@ -14,17 +14,16 @@ use crate::posix::segment::over_capacity;
 pub struct Capacity {
     limit: Option<u64>,
     used: AtomicU64,
-    pending: AtomicU64,
     alarm: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Capacity {
     /// A bound, or none.
     pub fn new(limit: Option<u64>) -> Self {
-        Self { limit, used: AtomicU64::new(0), pending: AtomicU64::new(0), alarm: OnceLock::new() }
+        Self { limit, used: AtomicU64::new(0), alarm: OnceLock::new() }
     }
 
-    /// `alarm` is called, on a path pool, whenever a segment does not fit.
+    /// `alarm` is called whenever a segment does not fit.
     pub fn set_alarm(&self, alarm: impl Fn() + Send + Sync + 'static) {
         let _ = self.alarm.set(Box::new(alarm));
     }
@@ -37,21 +36,6 @@ impl Capacity {
     /// Bytes in use, as last counted and changed since.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of segments that are retired and not freed yet.
-    pub fn pending(&self) -> u64 {
-        self.pending.load(Ordering::Relaxed)
-    }
-
-    /// A segment was retired.
-    pub fn add_pending(&self, bytes: u64) {
-        self.pending.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// A retired segment was freed, or will not be.
-    pub fn end_pending(&self, bytes: u64) {
-        self.pending.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Sets what a walk over all segments has counted.

@@ -7,11 +7,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::block::{BlockId, PAGE, PartKey};
 use crate::posix::format::{Kind, Record};
+use crate::posix::host::boot_time;
 use crate::posix::index::{Found, Index, Location};
 use crate::posix::names::SegmentName;
 
@@ -28,10 +30,22 @@ pub struct SegmentRef {
     pub home: u16,
     /// Its name there.
     pub name: SegmentName,
-    /// Whether a RETIRE record was seen.
-    pub retired: bool,
+    /// When a RETIRE record was first seen, on this host's clock.
+    pub retired_at: Option<Duration>,
     /// End of the last extent that was published in it, in pages; 0 where none was.
     pub end_page: u32,
+}
+
+impl SegmentRef {
+    /// Whether a RETIRE record was seen.
+    pub fn is_retired(&self) -> bool {
+        self.retired_at.is_some()
+    }
+
+    /// Whether it was seen so long ago that nobody reads there any more.
+    pub fn is_retired_for(&self, grace: Duration) -> bool {
+        self.retired_at.is_some_and(|since| boot_time().saturating_sub(since) >= grace)
+    }
 }
 
 #[derive(Default)]
@@ -114,7 +128,7 @@ impl Catalog {
         let mut table = self.segments.write();
         let table = &mut *table;
         *table.handles.entry((home, name)).or_insert_with(|| {
-            table.segments.push(SegmentRef { home, name, retired: false, end_page: 0 });
+            table.segments.push(SegmentRef { home, name, retired_at: None, end_page: 0 });
             table.segments.len() as u32
         })
     }
@@ -124,14 +138,14 @@ impl Catalog {
         let table = self.segments.read();
         let numbered = (1..).zip(&table.segments);
         numbered
-            .filter(|(_, s)| s.home == home && s.name.writer == writer && !s.retired)
+            .filter(|(_, s)| s.home == home && s.name.writer == writer && !s.is_retired())
             .map(|(handle, segment)| (handle, segment.name))
             .collect()
     }
 
     /// How many segments are not retired.
     pub fn segment_count(&self) -> usize {
-        self.segments.read().segments.iter().filter(|segment| !segment.retired).count()
+        self.segments.read().segments.iter().filter(|segment| !segment.is_retired()).count()
     }
 
     /// Takes the records of one manifest of `writer`; retired segments leave the index when it is dropped.
@@ -160,7 +174,7 @@ impl Catalog {
         let mut table = self.segments.write();
         for handle in handles {
             if let Some(segment) = table.segments.get_mut(*handle as usize - 1) {
-                segment.retired = true;
+                segment.retired_at.get_or_insert_with(boot_time);
             }
         }
         drop(table);
@@ -271,7 +285,7 @@ impl Intake<'_> {
         }
         self.note_end();
         let handle = self.catalog.intern(self.home, name);
-        let retired = self.catalog.segment(handle).is_some_and(|segment| segment.retired);
+        let retired = self.catalog.segment(handle).is_some_and(|segment| segment.is_retired());
         self.last = Some(LastSegment { name, handle, retired, end_page: end });
         (handle, retired)
     }

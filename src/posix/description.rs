@@ -19,20 +19,20 @@ const NEIGHBOURS_MAX: usize = 8;
 const PAGES_MAX: usize = 4;
 
 /// Writes the description of a namespace that is new in its backend and tells how it differs from its
-/// neighbours there: that is where "why are there no hits" begins. Returns whether it was new. Blocks.
-pub fn write_once(home: &Home, namespace: &Namespace) -> Result<bool> {
-    let Some(folder) = home.folder() else { return Ok(false) };
+/// neighbours there: that is where "why are there no hits" begins. Blocks.
+pub fn write_once(home: &Home, namespace: &Namespace) -> Result<()> {
+    let Some(folder) = home.folder() else { return Ok(()) };
     let text = describe(namespace);
     match write(home, &folder.join(NAMESPACE_FILE), &text) {
         Ok(()) => {
             tell_neighbours(home, namespace, &text);
-            Ok(true)
+            Ok(())
         }
-        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(false),
+        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(()),
         Err(error) if error.kind() == ErrorKind::Permission => Err(error),
         Err(error) => {
             crate::log::warning(format_args!("the namespace's description is missing: {error}"));
-            Ok(false)
+            Ok(())
         }
     }
 }

@@ -100,6 +100,8 @@ pub struct Home {
     pub number: u16,
     /// The backend.
     pub backend: Arc<Backend>,
+    /// What it is the home of.
+    pub namespace: Namespace,
     /// Shared numbers.
     pub layout: Arc<Layout>,
     /// Where manifests are.
@@ -121,18 +123,20 @@ impl Home {
             number,
             manifests: folder.join(MANIFESTS),
             segments: folder.join(SEGMENTS),
+            namespace: namespace.clone(),
             backend,
             layout,
         }
     }
 
     /// Creates the folders and says in plain words what they are for. Blocks; on a path pool only.
-    pub fn create_folders(&self, namespace: &Namespace) -> Result<()> {
+    pub fn create_folders(&self) -> Result<()> {
         let files = self.backend.files();
         files.create_dir_all(&self.manifests)?;
         files.create_dir_all(&self.segments)?;
-        let created = description::write_once(self, namespace)?;
-        if created && self.layout.config.durability == Durability::Durable {
+        description::write_once(self, &self.namespace)?;
+        // Whoever made them may have died before they were flushed.
+        if self.layout.config.durability == Durability::Durable && !self.layout.parts.is_empty() {
             self.folder().map_or(Ok(()), |folder| files.sync_dir(folder))?;
             files.sync_dir(self.backend.directory())?;
         }

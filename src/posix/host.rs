@@ -20,24 +20,44 @@ pub enum Life {
 /// The identity of this process.
 pub fn this_process() -> ProcessIdentity {
     let pid = std::process::id();
+    // Where /proc is that of another pid namespace, nothing in it is told by our pids.
+    let start_time = match (look_up(&format!("/proc/{pid}")), look_up("/proc/self")) {
+        (Entry::Runs(by_pid), Entry::Runs(own)) if by_pid == own => own,
+        _ => 0,
+    };
     ProcessIdentity {
         boot: boot_id().unwrap_or_default(),
         pid_namespace: pid_namespace().unwrap_or_default(),
         pid,
-        start_time: start_time(pid).unwrap_or_default(),
+        start_time,
     }
 }
 
 /// Whether the process of `other` lives. `this` is this process's identity.
 pub fn life_of(this: &ProcessIdentity, other: &ProcessIdentity) -> Life {
-    let known = this.boot != [0; 16] && this.pid_namespace != 0 && other.start_time != 0;
+    let known = this.boot != [0; 16]
+        && this.pid_namespace != 0
+        && this.start_time != 0
+        && other.start_time != 0;
     if !known || this.boot != other.boot || this.pid_namespace != other.pid_namespace {
         return Life::Unknown;
     }
-    match start_time(other.pid) {
-        Some(start) if start == other.start_time => Life::Alive,
-        _ => Life::Dead,
+    match look_up(&format!("/proc/{}", other.pid)) {
+        Entry::Runs(start) if start == other.start_time => Life::Alive,
+        Entry::Runs(_) | Entry::Gone => Life::Dead,
+        Entry::Unreadable => Life::Unknown,
     }
+}
+
+/// What `/proc` says of a process.
+#[derive(Debug, PartialEq, Eq)]
+enum Entry {
+    /// It runs since this tick.
+    Runs(u64),
+    /// There is none, or only its exit status is left.
+    Gone,
+    /// It cannot be told: no descriptor is left, no right to look.
+    Unreadable,
 }
 
 /// Wall clock in milliseconds since 1970.
@@ -79,15 +99,36 @@ fn pid_namespace() -> Option<u64> {
     Some(std::fs::metadata("/proc/self/ns/pid").ok()?.ino())
 }
 
-/// Field 22 of `/proc/PID/stat`. The command name before it may hold anything, so count from its `)`.
-/// A zombie is dead: its files are closed.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    match fields.next()? {
-        "Z" | "X" | "x" => None,
-        // Field 3 was the state; 22 is the nineteenth after it.
-        _ => fields.nth(18)?.parse().ok(),
+/// Reads `stat` in a folder of `/proc`.
+fn look_up(folder: &str) -> Entry {
+    match std::fs::read_to_string(format!("{folder}/stat")) {
+        Ok(stat) => read_stat(folder, &stat),
+        Err(error) => match error.raw_os_error() {
+            // ESRCH: it ended between open and read.
+            Some(libc::ENOENT | libc::ESRCH) => Entry::Gone,
+            _ => Entry::Unreadable,
+        },
+    }
+}
+
+/// The command name may hold anything, so fields count from its `)`: the state is field 3, the start field 22.
+fn read_stat(folder: &str, stat: &str) -> Entry {
+    let fields = || Some(stat.rsplit_once(')')?.1.split_ascii_whitespace());
+    let state = fields().and_then(|mut fields| fields.next());
+    let start = fields().and_then(|mut fields| fields.nth(19)?.parse().ok());
+    match (state, start) {
+        (Some("X" | "x"), _) => Entry::Gone,
+        // A zombie's files are closed, unless only its first thread has ended.
+        (Some("Z"), Some(start)) => {
+            match std::fs::read_dir(format!("{folder}/task")).map(Iterator::count) {
+                Ok(0..=1) => Entry::Gone,
+                Ok(_) => Entry::Runs(start),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Entry::Gone,
+                Err(_) => Entry::Unreadable,
+            }
+        }
+        (Some(_), Some(start)) => Entry::Runs(start),
+        _ => Entry::Unreadable,
     }
 }
 
@@ -102,7 +143,8 @@ mod tests {
         assert_eq!(life_of(&this, &this), Life::Alive);
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id();
-        let other = ProcessIdentity { pid, start_time: start_time(pid).unwrap(), ..this };
+        let Entry::Runs(start_time) = look_up(&format!("/proc/{pid}")) else { panic!("it sleeps") };
+        let other = ProcessIdentity { pid, start_time, ..this };
         assert_eq!(life_of(&this, &other), Life::Alive);
         let recycled = ProcessIdentity { start_time: other.start_time + 1, ..other };
         assert_eq!(life_of(&this, &recycled), Life::Dead, "the pid was given to another process");
@@ -110,5 +152,57 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(life_of(&this, &other), Life::Dead);
         assert_eq!(life_of(&this, &ProcessIdentity { boot: [1; 16], ..other }), Life::Unknown);
+    }
+
+    /// A process whose first thread has ended lives as long as another one runs: its files are open.
+    #[test]
+    fn a_process_without_its_first_thread_lives() {
+        extern "C" fn nap(_: *mut libc::c_void) -> *mut libc::c_void {
+            // SAFETY: neither call takes memory.
+            unsafe {
+                libc::sleep(60);
+                libc::_exit(0)
+            }
+        }
+        // SAFETY: the child starts one thread and ends its first; it allocates nothing and never returns.
+        let pid = unsafe {
+            match libc::fork() {
+                0 => {
+                    let mut thread = std::mem::zeroed();
+                    libc::pthread_create(
+                        &raw mut thread,
+                        std::ptr::null(),
+                        nap,
+                        std::ptr::null_mut(),
+                    );
+                    libc::syscall(libc::SYS_exit, 0);
+                    libc::_exit(1)
+                }
+                pid => pid,
+            }
+        };
+        let folder = format!("/proc/{pid}");
+        let is_zombie =
+            || std::fs::read_to_string(format!("{folder}/stat")).unwrap().contains(") Z ");
+        while !is_zombie() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(matches!(look_up(&folder), Entry::Runs(_)));
+        // SAFETY: the child is ours, and `waitpid` may leave the status out.
+        unsafe {
+            libc::kill(pid, libc::SIGKILL);
+            libc::waitpid(pid, std::ptr::null_mut(), 0);
+        }
+        assert_eq!(look_up(&folder), Entry::Gone);
+    }
+
+    /// What cannot be read says nothing about life.
+    #[test]
+    fn an_unreadable_entry_is_no_death() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().to_str().unwrap();
+        assert_eq!(look_up(folder), Entry::Gone);
+        std::fs::create_dir(dir.path().join("stat")).unwrap();
+        assert_eq!(look_up(folder), Entry::Unreadable);
     }
 }

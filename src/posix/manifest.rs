@@ -29,12 +29,15 @@ use crate::posix::host::{boot_time, wall_ms};
 use crate::posix::names::{Fence, ManifestName};
 use crate::posix::pages::Pages;
 use crate::posix::reply::{Reply, never_began};
+use crate::posix::segment::OwnSegment;
 
 /// Records of one commit: 64 full pages.
 const COMMIT_RECORDS_MAX: usize = 64 * RECORDS_PER_PAGE;
 /// A commit waits until it carries this share of the data writes in flight, so that a full ring pays for a
 /// head page every few parts and a lone save pays at once.
 const COMMIT_SHARE: usize = 4;
+/// How often in a lease a writer looks whether its manifest's name is still its own.
+const LOOKS_PER_LEASE: u32 = 3;
 /// Pages that a manifest is preallocated by, at first and at most.
 const GROWTH_PAGES: std::ops::Range<u32> = 16..1024;
 
@@ -43,7 +46,7 @@ pub struct Item {
     /// What is said; its sequence is set by the commit.
     pub record: Record,
     /// The segment that must be flushed before (for PUBLISH).
-    pub data: Option<File>,
+    pub data: Option<Arc<OwnSegment>>,
     /// Told when the record counts.
     pub reply: Reply<()>,
 }
@@ -65,8 +68,11 @@ struct State {
     page: u32,
     commit: u64,
     pages_allocated: u32,
-    /// When it was last known that the manifest is still ours.
+    /// When it was last known that the manifest is still ours: just before a head page was written that
+    /// others then saw change, or before its name was looked at.
     proof: Duration,
+    /// When its name was last looked at.
+    looked: Duration,
 }
 
 /// The manifest of this process in one backend.
@@ -91,12 +97,17 @@ struct Commit {
     head_page: u32,
     tail: Vec<Record>,
     page: u32,
+    /// Bytes of the manifest may have changed.
     begun: bool,
+    /// Just before the head page was written.
+    began_at: Duration,
 }
 
 impl Manifest {
     /// Creates the manifest of a new writer. Blocks; on a path pool only.
     pub fn create(home: &Arc<Home>, writer: u64, epoch: u32) -> Result<Arc<Self>> {
+        // Creating may take longer than a lease: what others saw of it by then is nothing.
+        let began = boot_time();
         let layout = &home.layout;
         let parts = &layout.parts;
         let name = ManifestName {
@@ -151,7 +162,8 @@ impl Manifest {
             page: RECORD_PAGE_FIRST,
             commit: first_head(writer, epoch).commit,
             pages_allocated: GROWTH_PAGES.start,
-            proof: boot_time(),
+            proof: began,
+            looked: began,
         };
         Ok(Arc::new(Self {
             home: Arc::clone(home),
@@ -195,6 +207,11 @@ impl Manifest {
     /// Time since the manifest was last known to be ours.
     pub fn silence(&self) -> Duration {
         boot_time().saturating_sub(self.state.lock().proof)
+    }
+
+    /// Time since its name was last looked at.
+    fn unlooked(&self) -> Duration {
+        boot_time().saturating_sub(self.state.lock().looked)
     }
 
     /// A data write that will bring a record has begun.
@@ -278,6 +295,7 @@ impl Manifest {
             tail,
             page,
             begun: false,
+            began_at: Duration::ZERO,
         }
     }
 
@@ -297,7 +315,10 @@ impl Manifest {
 
     /// Whether the name still leads to our file: a reclaimer that took us for dead has renamed it.
     fn check_ownership(&self) -> Result<()> {
-        match self.home.backend.files().metadata(&self.path) {
+        let files = self.home.backend.files();
+        // A network file system may answer from names it has seen before.
+        files.revalidate_dir(&self.home.manifests)?;
+        match files.metadata(&self.path) {
             Ok(metadata) if metadata.identity == self.identity => Ok(()),
             Ok(_) => Err(self.lost()),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(self.lost()),
@@ -330,11 +351,11 @@ impl Commit {
     /// Promise 1: where durability asks, data is on storage before its record.
     fn flush_data(self) {
         let manifest = Arc::clone(&self.manifest);
-        let mut data: Vec<File> = Vec::new();
+        let mut data: Vec<Arc<OwnSegment>> = Vec::new();
         if manifest.home.layout.config.durability != Durability::None {
-            for file in self.items.iter().filter_map(|item| item.data.as_ref()) {
-                if data.iter().all(|other| other.raw() != file.raw()) {
-                    data.push(file.clone());
+            for segment in self.items.iter().filter_map(|item| item.data.as_ref()) {
+                if data.iter().all(|other| other.handle != segment.handle) {
+                    data.push(Arc::clone(segment));
                 }
             }
         }
@@ -343,7 +364,7 @@ impl Commit {
         }
         self.on_pool(move |commit| {
             let files = commit.manifest.home.backend.files();
-            match data.iter().try_for_each(|file| files.sync_data(file)) {
+            match data.iter().try_for_each(|segment| segment.flush(&**files)) {
                 Ok(()) => commit.write_full(),
                 Err(error) => commit.end(Err(error)),
             }
@@ -362,15 +383,16 @@ impl Commit {
     }
 
     fn write_head(mut self) {
-        self.begun = true;
+        self.began_at = boot_time();
         let memory = self.head.slice(0, 1);
         let page = self.head_page;
         self.write(page, memory, Self::flush_records);
     }
 
     /// Writes through the reactor; where its queue is full, on the path pool.
-    fn write(self, page: u32, memory: crate::io::DmaSlice, then: fn(Self)) {
+    fn write(mut self, page: u32, memory: crate::io::DmaSlice, then: fn(Self)) {
         let manifest = Arc::clone(&self.manifest);
+        let begun = std::mem::replace(&mut self.begun, true);
         let request = Request {
             operation: Operation::Write,
             file: manifest.file.clone(),
@@ -380,7 +402,15 @@ impl Commit {
             expires: None,
             done: Box::new(move |result| match result {
                 Ok(()) => then(self),
-                Err(error) if never_began(&error) => self.write_slowly(page, then),
+                Err(error) if never_began(&error) => {
+                    self.begun = begun;
+                    self.write_slowly(page, then);
+                }
+                // No room for a full page: nothing of it counts, and nothing of it comes later.
+                Err(error) if error.kind() == ErrorKind::NoSpace && page >= RECORD_PAGE_FIRST => {
+                    self.begun = begun;
+                    self.end(Err(error));
+                }
                 Err(error) => self.end(Err(error)),
             }),
         };
@@ -388,8 +418,9 @@ impl Commit {
     }
 
     fn write_slowly(self, page: u32, then: fn(Self)) {
-        self.on_pool(move |commit| {
+        self.on_pool(move |mut commit| {
             let is_head = page < RECORD_PAGE_FIRST;
+            commit.begun = true;
             let written = {
                 let pages = if is_head { Some(&commit.head) } else { commit.full.as_ref() };
                 let files = commit.manifest.home.backend.files();
@@ -412,8 +443,12 @@ impl Commit {
         let flush = config.durability == Durability::Durable;
         // Promise 6: after a pause, ask who owns the name before anything is acknowledged. A heartbeat asks
         // too: it has time, and a silent writer that was taken for dead learns of it.
+        // Under load it is asked as often as heartbeats would: whoever decided on its death before it woke up
+        // may act on that later.
         let beats = self.items.iter().any(|item| item.record.kind == Kind::Heartbeat);
-        let check = beats || manifest.silence() > config.lease / 2;
+        let check = beats
+            || manifest.silence() > config.lease / 2
+            || manifest.unlooked() > config.lease / LOOKS_PER_LEASE;
         if !flush && !check {
             return self.end(Ok(()));
         }
@@ -424,7 +459,11 @@ impl Commit {
             } else {
                 Ok(())
             };
+            let looked = boot_time();
             let owned = if check { manifest.check_ownership() } else { Ok(()) };
+            if check && owned.is_ok() {
+                manifest.state.lock().looked = looked;
+            }
             commit.end(flushed.and(owned));
         });
     }
@@ -450,7 +489,7 @@ impl Commit {
                 state.tail = std::mem::take(&mut self.tail);
                 state.page = self.page;
                 state.commit += 1;
-                state.proof = boot_time();
+                state.proof = self.began_at.max(state.looked);
             }
             Err(error) if self.begun => {
                 crate::log::warning(format_args!("a manifest is given up: {error}"));

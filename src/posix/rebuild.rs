@@ -41,7 +41,7 @@ pub struct Rebuilt {
     pub segments: u64,
     /// Parts that can be found again.
     pub parts: u64,
-    /// Extents with a payload that does not match its checksum.
+    /// Extents that cannot be read, or with a payload that does not match its checksum.
     pub damaged: u64,
     /// Segments that could not be read, or are of another namespace.
     pub unreadable: u64,
@@ -141,11 +141,18 @@ impl Rebuild<'_> {
         for extent in 0..extents as u32 {
             let first = 1 + extent * stride;
             let offset = u64::from(first + stride - 1) * PAGE as u64;
-            if page.read_from(&**files, &file, offset, 0, 1)? < PAGE {
-                break;
+            match page.read_from(&**files, &file, offset, 0, 1) {
+                Ok(PAGE) => {}
+                Ok(_) => break,
+                // A bad sector costs its own part.
+                Err(_) => {
+                    self.done.damaged += 1;
+                    continue;
+                }
             }
             let Some(trailer) = fitting_trailer(page.bytes(), &header, first) else { continue };
-            if self.depth == Depth::Payload && !self.payload_is_whole(&file, &trailer)? {
+            let deep = self.depth == Depth::Payload;
+            if deep && !self.payload_is_whole(&file, &trailer).unwrap_or(false) {
                 self.done.damaged += 1;
                 continue;
             }

@@ -20,10 +20,7 @@ use crate::posix::home::Home;
 use crate::posix::host::{Life, life_of, random_id};
 use crate::posix::names::{Fence, ManifestName, SegmentName, dead_name, is_dead_name};
 use crate::posix::refresh::{Known, Refresher};
-use crate::posix::tail::Growth;
-
-/// A writer counts as dead after its lease and this share of it (one part in so many): clocks drift.
-const LEASE_SLACK: u32 = 4;
+use crate::posix::tail::{Growth, with_slack};
 
 /// What a recovery did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,7 +66,7 @@ pub fn recover(home: &Arc<Home>, catalog: &Catalog, refresher: &Refresher) -> Re
 /// Whether the writer of a manifest that can grow is dead. `lease` is this store's, for manifests whose
 /// writer died before it had written its own.
 pub fn is_dead(home: &Home, known: &Known, lease: Duration) -> bool {
-    let expired = |lease: Duration| known.unchanged > lease + lease / LEASE_SLACK;
+    let expired = |lease: Duration| known.unchanged > with_slack(lease);
     match &known.header {
         None => expired(lease),
         Some(header) => match life_of(&home.layout.process, &header.process) {
@@ -114,8 +111,12 @@ impl Recovery<'_> {
     fn fence_the_dead(&mut self) -> Result<()> {
         let lease = self.home.layout.config.lease;
         for known in self.refresher.known(self.home.number) {
-            let open = known.growth == Growth::Live && known.name.fence == Fence::Open;
-            if !open || !is_dead(self.home, &known, lease) {
+            let is_dead = |known: &Known| {
+                let open = known.growth == Growth::Live && known.name.fence == Fence::Open;
+                open && is_dead(self.home, known, lease)
+            };
+            // What is known may be old: a writer that was paused when it was last read may work by now.
+            if !is_dead(&known) || !self.look_again(&known.name).is_some_and(|now| is_dead(&now)) {
                 continue;
             }
             let fenced = ManifestName { fence: Fence::Fenced, ..known.name };
@@ -124,7 +125,12 @@ impl Recovery<'_> {
             match self.files().rename(&from, &to) {
                 Ok(()) => {
                     self.done.fenced += 1;
-                    self.refresher.renamed(self.home.number, fenced)?;
+                    // One that cannot be read keeps what it has; the others' turn comes all the same.
+                    if let Err(error) = self.refresher.renamed(self.home.number, fenced) {
+                        crate::log::warning(format_args!(
+                            "a fenced manifest cannot be read: {error}"
+                        ));
+                    }
                 }
                 // Somebody else was faster; the next refresh tells.
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -134,32 +140,64 @@ impl Recovery<'_> {
         Ok(())
     }
 
+    /// Reads a manifest again.
+    fn look_again(&self, name: &ManifestName) -> Option<Known> {
+        self.refresher.poll_writer(self.home.number, name.writer).ok()?;
+        let known = self.refresher.known(self.home.number);
+        known.into_iter().find(|known| known.name == *name)
+    }
+
     /// Gives back what the writers of final manifests hold and nobody can find.
     fn clean_the_final(&mut self) -> Result<()> {
         let known = self.refresher.known(self.home.number);
         // What could not be read in full may have published more than is known: hands off.
         let complete = |known: &Known| known.growth == Growth::Final && known.bad_records == 0;
-        let kept: HashSet<u64> =
+        let mut kept: HashSet<u64> =
             known.iter().filter(|known| !complete(known)).map(|known| known.name.writer).collect();
         let listed = self.files().list(&self.home.segments)?;
         let mut segments: HashMap<u64, Vec<SegmentName>> = HashMap::new();
         for segment in names(&listed).filter_map(SegmentName::parse) {
             segments.entry(segment.writer).or_default().push(segment);
         }
-        for known in known {
-            if kept.contains(&known.name.writer) {
-                continue;
-            }
-            let own = segments.remove(&known.name.writer).unwrap_or_default();
-            let mut left = 0;
+        // A manifest is there before the first segment: without its header it has lost what it said.
+        let mute = known.iter().filter(|known| known.header.is_none()).map(|k| k.name.writer);
+        kept.extend(mute.filter(|writer| segments.contains_key(writer)));
+        let ended: HashSet<u64> = known
+            .iter()
+            .map(|known| known.name.writer)
+            .filter(|writer| !kept.contains(writer))
+            .collect();
+        for writer in &ended {
+            let Some(own) = segments.remove(writer) else { continue };
+            let mut left = Vec::new();
             for segment in own {
-                left += u64::from(self.clean_segment(segment)?);
+                if self.clean_segment(segment)? {
+                    left.push(segment);
+                }
             }
-            if left == 0 {
-                self.remove_manifest(&known)?;
+            if !left.is_empty() {
+                segments.insert(*writer, left);
+            }
+        }
+        for known in known.iter().filter(|known| ended.contains(&known.name.writer)) {
+            if !segments.contains_key(&known.name.writer) && !self.is_needed(known, &segments) {
+                self.remove_manifest(known)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether a manifest without segments still has something to say: that an extent of somebody else's
+    /// segment is bad, or, to those who read it at every refresh only, that a block will not come.
+    fn is_needed(&self, known: &Known, segments: &HashMap<u64, Vec<SegmentName>>) -> bool {
+        let dropped = known.says.dropped.iter().any(|writer| segments.contains_key(writer));
+        dropped || (known.says.abandoned && known.ended < self.grace())
+    }
+
+    /// After this time nobody reads what was retired before, and everybody has read what was written.
+    fn grace(&self) -> Duration {
+        let config = &self.home.layout.config;
+        config.lookup_refresh + config.timeout
     }
 
     /// Cuts a segment to what was published, or removes it where nothing was. Whether it is left.
@@ -167,8 +205,9 @@ impl Recovery<'_> {
         let handle = self.catalog.intern(self.home.number, name);
         let segment = self.catalog.segment(handle);
         let end = segment.map_or(0, |segment| segment.end_page);
+        let grace = self.grace();
         // Retired, but whoever did it did not live to remove it.
-        if end == 0 || segment.is_some_and(|segment| segment.retired) {
+        if end == 0 || segment.is_some_and(|segment| segment.is_retired_for(grace)) {
             let removed =
                 remove(self.files(), &self.home.segments, &name.to_string(), self.by, self.home);
             return gone_or(removed).map(|()| {
@@ -195,8 +234,8 @@ impl Recovery<'_> {
         }
     }
 
-    /// A final manifest without segments says nothing any more. One that carries RETIRE or DROP records of
-    /// others' segments has served: those segments are gone, or their owner's manifest stands.
+    /// A final manifest without segments says nothing any more. One that carries RETIRE records of others'
+    /// segments has served: those segments are gone, or found again until somebody else retires them.
     fn remove_manifest(&mut self, known: &Known) -> Result<()> {
         let name = known.name.to_string();
         let removed = remove(self.files(), &self.home.manifests, &name, self.by, self.home);

@@ -17,10 +17,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::posix::catalog::Catalog;
 use crate::posix::format::ManifestHeader;
 use crate::posix::home::Home;
+use crate::posix::host::boot_time;
 use crate::posix::names::ManifestName;
 use crate::posix::reply::Reply;
 use crate::posix::saver::Saver;
-use crate::posix::tail::{Growth, ManifestTail};
+use crate::posix::tail::{Growth, ManifestTail, Says};
 
 /// Listings in which a manifest must be missing before its parts are forgotten: a listing that races with a
 /// rename may show neither name.
@@ -75,7 +76,7 @@ pub struct RefreshCounters {
 }
 
 /// What is known of a manifest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Known {
     /// Its name.
     pub name: ManifestName,
@@ -87,6 +88,10 @@ pub struct Known {
     pub bad_records: u64,
     /// How long it has been read again and again without change.
     pub unchanged: Duration,
+    /// How long it has been known to be final; zero while it is not.
+    pub ended: Duration,
+    /// What it says about others.
+    pub says: Says,
 }
 
 /// Refreshes a catalog.
@@ -253,7 +258,12 @@ impl Refresher {
                 growth: tail.growth,
                 header: tail.header,
                 bad_records: tail.bad_records,
-                unchanged: tail.polled_at.saturating_sub(tail.changed_at),
+                unchanged: tail.unchanged(),
+                ended: match tail.growth {
+                    Growth::Final => boot_time().saturating_sub(tail.final_at),
+                    Growth::Live | Growth::Unreadable => Duration::ZERO,
+                },
+                says: tail.says.clone(),
             }));
         }
         known
@@ -271,16 +281,21 @@ impl Refresher {
         Ok(())
     }
 
-    /// Reads one writer's manifests of a home again; says whether any is known. Blocks.
-    pub fn poll_writer(&self, home: u16, writer: u64) -> bool {
-        let mut known = false;
+    /// Reads one writer's manifests of a home again; says whether any is there. An error where one is known
+    /// and cannot be read now. Blocks.
+    pub fn poll_writer(&self, home: u16, writer: u64) -> Result<bool> {
+        let mut stands = false;
         for reader in self.readers.iter().filter(|reader| reader.home.number == home) {
             let mut tails = reader.tails.lock();
             for tail in tails.tails.values_mut().filter(|tail| tail.name.writer == writer) {
-                known |= reader.poll(self, tail).is_ok();
+                match reader.poll(self, tail) {
+                    Ok(()) => stands = true,
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
-        known
+        Ok(stands)
     }
 
     /// How many manifests are known, and how many of them are still read.

@@ -7,9 +7,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::backend::Backend;
 
@@ -40,6 +42,26 @@ impl<T: 'static> Reply<T> {
     /// The answer as a plain closure, for requests.
     pub fn into_done(self) -> Answer<T> {
         Box::new(move |result| self.send(result))
+    }
+
+    /// The same answer, or `late` where none has come by `when`; one that comes later is dropped.
+    pub fn by(self, clock: &Arc<Clock>, when: Instant, late: Error) -> Self {
+        let shared = Arc::new(Mutex::new(Some(self)));
+        let waiting = Arc::clone(&shared);
+        let ticket = clock.at(when, move || {
+            let reply = waiting.lock().take();
+            if let Some(reply) = reply {
+                reply.send(Err(late));
+            }
+        });
+        let clock = Arc::clone(clock);
+        Self::new(move |result| {
+            clock.cancel(ticket);
+            let reply = shared.lock().take();
+            if let Some(reply) = reply {
+                reply.send(result);
+            }
+        })
     }
 
     /// Runs `job` on the path pool of `backend`; where the pool refuses, the refusal is the answer.

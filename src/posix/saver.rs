@@ -6,7 +6,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use crate::posix::format::{Kind, NO_CHECKSUM, Record, SEAL_MANIFEST};
 use crate::posix::home::Home;
 use crate::posix::host::{random_id, wall_ms};
 use crate::posix::manifest::{Item, Manifest, Urgency};
+use crate::posix::names::{Fence, ManifestName};
 use crate::posix::open_files::OpenFiles;
 use crate::posix::reply::Reply;
 use crate::posix::segment::{Closing, OwnSegment, Room};
@@ -32,17 +33,22 @@ const WAITERS_MAX: usize = 4096;
 const EARLY_MAX: usize = 4096;
 /// A home that failed is tried again after this time.
 const RETRY: Duration = Duration::from_secs(3);
+/// A save waits at most this long for one home.
+const PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// A full one sooner: space comes back when something is reclaimed.
 const RETRY_NO_SPACE: Duration = Duration::from_millis(500);
 
-/// One writer: a manifest and the segments it has filled.
+/// One writer: a manifest and the segments it fills.
 pub struct Writer {
     /// Its random id.
     pub id: u64,
     /// Its manifest.
     pub manifest: Arc<Manifest>,
     next_number: AtomicU32,
+    /// Segments that are not sealed. Each holds a descriptor, so sealed ones are not kept.
     segments: Mutex<Vec<Arc<OwnSegment>>>,
+    /// Handles of those that are sealed.
+    sealed: Mutex<HashSet<u32>>,
 }
 
 /// A segment that has no room any more, and its writer.
@@ -50,7 +56,7 @@ type Filled = (Arc<Writer>, Arc<OwnSegment>);
 
 struct Waiter {
     key: PartKey,
-    expires: Option<Instant>,
+    expires: Instant,
     reply: Reply<Extent>,
 }
 
@@ -60,7 +66,11 @@ struct State {
     current: Option<Arc<OwnSegment>>,
     next: Option<Arc<OwnSegment>>,
     preparing: bool,
+    /// Writers whose manifest was given up, until it is fenced.
+    former: Vec<Arc<Writer>>,
     waiters: VecDeque<Waiter>,
+    /// When it is looked next whether waiters have waited long enough.
+    watched: Option<Instant>,
     failed: Option<(Instant, Error)>,
     closed: bool,
     beating: bool,
@@ -77,8 +87,19 @@ pub struct Saver {
     clock: Arc<Clock>,
     capacity: Arc<Capacity>,
     state: Mutex<State>,
-    /// Ids of all writers this saver ever was, so that their manifests are not tailed.
+    /// Held while a writer is made: one at a time.
+    making: Mutex<()>,
+    /// Ids of the writers that this saver is or was, until fenced, so that their manifests are not tailed.
     own_ids: Mutex<Vec<u64>>,
+    writes: Mutex<Writes>,
+}
+
+/// Data writes on their way, to see a drive that does not answer.
+#[derive(Default)]
+struct Writes {
+    in_flight: usize,
+    /// When the last one ended, or the first of those in flight began.
+    progress: Option<Instant>,
 }
 
 /// Room for one part in a segment. Dropped unwritten, it goes back to its segment.
@@ -151,14 +172,24 @@ impl Drop for Extent {
 }
 
 impl Writer {
-    /// Segments that were filled or are being filled, oldest first.
+    /// Segments that are being filled, oldest first.
     pub fn segments(&self) -> Vec<Arc<OwnSegment>> {
         self.segments.lock().clone()
     }
 
+    /// Whether a segment of it will not grow any more.
+    pub fn is_sealed(&self, handle: u32) -> bool {
+        self.sealed.lock().contains(&handle)
+    }
+
+    fn note_sealed(&self, handle: u32) {
+        self.sealed.lock().insert(handle);
+        self.segments.lock().retain(|segment| segment.handle != handle);
+    }
+
     /// Forgets a segment that was reclaimed.
     pub fn remove_segment(&self, handle: u32) {
-        self.segments.lock().retain(|segment| segment.handle != handle);
+        self.sealed.lock().remove(&handle);
     }
 }
 
@@ -178,7 +209,9 @@ impl Saver {
             clock,
             capacity,
             state: Mutex::default(),
+            making: Mutex::default(),
             own_ids: Mutex::default(),
+            writes: Mutex::default(),
         })
     }
 
@@ -194,8 +227,7 @@ impl Saver {
 
     /// Whether a segment is one of the current writer's and will not grow any more.
     pub fn is_sealed(&self, handle: u32) -> bool {
-        let segments = self.writer().map(|writer| writer.segments()).unwrap_or_default();
-        segments.iter().any(|segment| segment.handle == handle && segment.is_sealed())
+        self.writer().is_some_and(|writer| writer.is_sealed(handle))
     }
 
     /// Forgets a segment that was reclaimed; its file is closed when nobody uses it any more.
@@ -212,17 +244,37 @@ impl Saver {
         (Instant::now() < *until).then(|| error.clone())
     }
 
-    /// Appends a record for which nobody waits: now, or before the first record of the writer to come.
-    pub fn record(&self, record: Record) {
-        let mut state = self.state.lock();
-        match state.writer.clone() {
-            Some(writer) => {
-                drop(state);
-                append(&writer, record);
-            }
-            None if state.early.len() < EARLY_MAX => state.early.push(record),
-            None => {}
+    /// The writer, made where there is none; the answer may come on this thread.
+    pub fn with_writer(self: &Arc<Self>, reply: Reply<Arc<Writer>>) {
+        let writer = self.writer().filter(|writer| writer.manifest.latched().is_none());
+        if let Some(writer) = writer {
+            return reply.send(Ok(writer));
         }
+        let saver = Arc::clone(self);
+        reply.run_on(&self.home.backend, move |reply| reply.send(saver.ensure_writer()));
+    }
+
+    /// Appends a record for which nobody waits. Where there is no writer one is made for it; where none can
+    /// be made the record waits for the first one that can.
+    pub fn record(self: &Arc<Self>, record: Record) {
+        {
+            let mut state = self.state.lock();
+            if state.early.len() >= EARLY_MAX {
+                return;
+            }
+            state.early.push(record);
+        }
+        let saver = Arc::clone(self);
+        self.with_writer(Reply::new(move |writer: Result<Arc<Writer>>| {
+            if let Ok(writer) = writer {
+                saver.append_early(&writer);
+            }
+        }));
+    }
+
+    fn append_early(&self, writer: &Writer) {
+        let early = std::mem::take(&mut self.state.lock().early);
+        early.into_iter().for_each(|record| append(writer, record));
     }
 
     /// Takes room for a part: at once where there is some, else when a segment was made.
@@ -236,17 +288,17 @@ impl Saver {
         let refused = if state.closed {
             Some(Error::new(ErrorKind::Closed, "the store is closed"))
         } else {
-            state
-                .failed
-                .as_ref()
-                .filter(|(until, _)| Instant::now() < *until)
-                .map(|(_, error)| error.clone())
+            let resting = state.failed.as_ref().filter(|(until, _)| Instant::now() < *until);
+            resting.map(|(_, error)| error.clone()).or_else(|| self.hung())
         };
         if let Some(error) = refused {
             drop(state);
             return reply.send(Err(error));
         }
         self.drop_latched_writer(&mut state);
+        // Where the mount hangs the save goes elsewhere, or is dropped: it holds memory meanwhile.
+        let latest = Instant::now() + self.patience();
+        let expires = expires.map_or(latest, |expires| expires.min(latest));
         let (extent, filled) = self.take(&mut state, key);
         let prepare = self.should_prepare(&mut state, extent.is_none());
         let refusal = match extent {
@@ -261,14 +313,13 @@ impl Saver {
             }
             None => {
                 state.waiters.push_back(Waiter { key: *key, expires, reply });
+                let watch = state.watched.is_none_or(|watched| expires < watched);
+                if watch {
+                    state.watched = Some(expires);
+                }
                 drop(state);
-                if let Some(expires) = expires {
-                    let saver = Arc::downgrade(self);
-                    self.clock.at(expires, move || {
-                        if let Some(saver) = saver.upgrade() {
-                            saver.expire_waiters();
-                        }
-                    });
+                if watch {
+                    self.watch_waiters(expires);
                 }
                 None
             }
@@ -328,24 +379,81 @@ impl Saver {
         }
     }
 
-    /// Records that a segment will not grow any more.
-    fn seal(&self, writer: &Arc<Writer>, segment: &OwnSegment, closing: Closing) {
-        if let Closing::Seal(pages) = closing {
-            let record = Record {
-                segment: segment.name.number,
-                generation: segment.name.generation,
-                page: pages,
-                ..Record::of(Kind::Seal, wall_ms())
-            };
-            append(writer, record);
+    /// Records that a segment will not grow any more, and gives its unused end back.
+    fn seal(&self, writer: &Arc<Writer>, segment: &Arc<OwnSegment>, closing: Closing) {
+        let Closing::Seal(pages) = closing else { return };
+        writer.note_sealed(segment.handle);
+        let record = Record {
+            segment: segment.name.number,
+            generation: segment.name.generation,
+            page: pages,
+            ..Record::of(Kind::Seal, wall_ms())
+        };
+        append(writer, record);
+        if segment.used_bytes() < segment.bytes() {
+            let (home, segment) = (Arc::clone(&self.home), Arc::clone(segment));
+            let capacity = Arc::clone(&self.capacity);
+            let _ = self.home.backend.run(Box::new(move || {
+                let used = segment.used_bytes();
+                if home.backend.files().truncate(&segment.file, used).is_ok() {
+                    capacity.give(segment.bytes() - used);
+                }
+            }));
         }
     }
 
-    fn drop_latched_writer(&self, state: &mut State) {
-        if state.writer.as_ref().is_some_and(|writer| writer.manifest.latched().is_some()) {
-            state.writer = None;
-            state.current = None;
-            state.next = None;
+    /// Gives a writer up whose manifest takes no more records; its segments are closed.
+    fn drop_latched_writer(self: &Arc<Self>, state: &mut State) {
+        let latched = state.writer.take_if(|writer| writer.manifest.latched().is_some());
+        let Some(writer) = latched else { return };
+        let open = [state.current.take(), state.next.take()];
+        state.former.push(Arc::clone(&writer));
+        let saver = Arc::clone(self);
+        let _ = self.home.backend.run(Box::new(move || {
+            for segment in open.into_iter().flatten() {
+                saver.close_or_discard(&writer, &segment);
+            }
+            saver.fence_former();
+        }));
+    }
+
+    /// Removes a segment that nothing was ever put into, and closes any other. Blocks; on a path pool only.
+    fn close_or_discard(&self, writer: &Arc<Writer>, segment: &Arc<OwnSegment>) {
+        let closing = segment.close();
+        if segment.is_untouched() {
+            self.discard(writer, segment);
+        } else {
+            self.seal(writer, segment, closing);
+        }
+    }
+
+    fn discard(&self, writer: &Writer, segment: &OwnSegment) {
+        writer.segments.lock().retain(|other| other.handle != segment.handle);
+        self.files.remove(segment.handle);
+        let files = self.home.backend.files();
+        // Truncated first: on NFS an unlinked file that is open still holds its space.
+        let _ = files.truncate(&segment.file, 0);
+        if files.unlink(&segment.path).is_ok() {
+            self.capacity.give(segment.bytes());
+        }
+    }
+
+    /// Fences the manifests that were given up, as others do with those of the dead: from then on they are
+    /// read like anybody's, what they published counts, and the rest of their segments is given back.
+    /// Blocks; on a path pool only.
+    pub fn fence_former(&self) {
+        let former = std::mem::take(&mut self.state.lock().former);
+        for writer in former {
+            let from = writer.manifest.path();
+            let name = ManifestName { fence: Fence::Fenced, ..writer.manifest.name() };
+            let fenced =
+                self.home.backend.files().rename(from, &self.home.manifests.join(name.to_string()));
+            match fenced {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    self.state.lock().former.push(writer);
+                }
+                _ => self.own_ids.lock().retain(|id| *id != writer.id),
+            }
         }
     }
 
@@ -359,35 +467,78 @@ impl Saver {
         reply.run_on(&self.home.backend, move |reply| reply.send(saver.make()));
     }
 
-    fn make(self: &Arc<Self>) -> Result<(Arc<Writer>, Arc<OwnSegment>)> {
-        let existing = self.state.lock().writer.clone();
-        let writer = match existing {
-            Some(writer) => writer,
-            None => {
-                let id = random_id();
-                self.own_ids.lock().push(id);
-                Arc::new(Writer {
-                    id,
-                    manifest: Manifest::create(&self.home, id, 0)?,
-                    next_number: AtomicU32::new(0),
-                    segments: Mutex::default(),
-                })
+    /// The writer, made where there is none. Blocks; on a path pool only.
+    fn ensure_writer(self: &Arc<Self>) -> Result<Arc<Writer>> {
+        let _one_at_a_time = self.making.lock();
+        {
+            let mut state = self.state.lock();
+            if state.closed {
+                return Err(Error::new(ErrorKind::Closed, "the store is closed"));
             }
-        };
+            self.drop_latched_writer(&mut state);
+            if let Some(writer) = &state.writer {
+                return Ok(Arc::clone(writer));
+            }
+        }
+        let id = random_id();
+        self.own_ids.lock().push(id);
+        let manifest = self.create_manifest(id).inspect_err(|_| {
+            self.own_ids.lock().retain(|other| *other != id);
+        })?;
+        let writer = Arc::new(Writer {
+            id,
+            manifest,
+            next_number: AtomicU32::new(0),
+            segments: Mutex::default(),
+            sealed: Mutex::default(),
+        });
+        let mut state = self.state.lock();
+        if state.closed {
+            drop(state);
+            let _ = self.home.backend.files().unlink(writer.manifest.path());
+            return Err(Error::new(ErrorKind::Closed, "the store is closed"));
+        }
+        state.writer = Some(Arc::clone(&writer));
+        let beat = !std::mem::replace(&mut state.beating, true);
+        drop(state);
+        if beat {
+            self.schedule_heartbeat();
+        }
+        self.append_early(&writer);
+        Ok(writer)
+    }
+
+    /// A backend that was away when the store opened has no folders yet.
+    fn create_manifest(&self, id: u64) -> Result<Arc<Manifest>> {
+        match Manifest::create(&self.home, id, 0) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.home.create_folders()?;
+                Manifest::create(&self.home, id, 0)
+            }
+            made => made,
+        }
+    }
+
+    fn make(self: &Arc<Self>) -> Result<(Arc<Writer>, Arc<OwnSegment>)> {
+        let writer = self.ensure_writer()?;
         let number = writer.next_number.fetch_add(1, Ordering::Relaxed);
         let bytes = PAGE as u64
             + u64::from(self.home.layout.extents_of(number)) * self.home.layout.extent_bytes();
-        self.capacity.take(bytes)?;
-        let made = OwnSegment::create(&self.home, writer.id, number, |name| {
-            self.catalog.intern(self.home.number, name)
+        let made = self.capacity.take(bytes).and_then(|()| {
+            OwnSegment::create(&self.home, writer.id, number, |name| {
+                self.catalog.intern(self.home.number, name)
+            })
+            .inspect_err(|_| self.capacity.give(bytes))
         });
-        let segment = match made {
-            Ok(segment) => segment,
-            Err(error) => {
-                self.capacity.give(bytes);
-                return Err(error);
-            }
-        };
+        // A number that named no file is free: first segments are small because of theirs.
+        let segment = made.inspect_err(|_| {
+            let _ = writer.next_number.compare_exchange(
+                number + 1,
+                number,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        })?;
         self.capacity.give(bytes.saturating_sub(segment.bytes()));
         self.files.insert(segment.handle, segment.file.clone());
         writer.segments.lock().push(Arc::clone(&segment));
@@ -399,15 +550,17 @@ impl Saver {
         state.preparing = false;
         let mut answers: Vec<(Reply<Extent>, Result<Extent>)> = Vec::new();
         let mut filled = Vec::new();
-        let mut beat = false;
-        let mut early = None;
+        let mut discarded = None;
+        let is_current = |state: &State, writer: &Arc<Writer>| {
+            state.writer.as_ref().is_some_and(|current| Arc::ptr_eq(current, writer))
+        };
         match made {
-            Ok((writer, segment)) => {
+            // The store was closed meanwhile, or the writer given up: nobody will fill it.
+            Ok((writer, segment)) if !is_current(&state, &writer) => {
+                discarded = Some((writer, segment));
+            }
+            Ok((_, segment)) => {
                 state.failed = None;
-                beat = !std::mem::replace(&mut state.beating, true);
-                let records = std::mem::take(&mut state.early);
-                early = Some((Arc::clone(&writer), records));
-                state.writer = Some(writer);
                 if state.current.as_ref().is_none_or(|current| current.room() == Room::None) {
                     if let (Some(old), Some(writer)) =
                         (state.current.replace(segment), state.writer.clone())
@@ -418,7 +571,7 @@ impl Saver {
                     state.next = Some(segment);
                 }
                 while let Some(waiter) = state.waiters.pop_front() {
-                    if waiter.expires.is_some_and(|expires| expires <= Instant::now()) {
+                    if waiter.expires <= Instant::now() {
                         answers.push((waiter.reply, Err(expired())));
                         continue;
                     }
@@ -446,16 +599,13 @@ impl Saver {
         let must = !state.waiters.is_empty();
         let again = must && self.should_prepare(&mut state, must);
         drop(state);
-        if let Some((writer, records)) = early {
-            records.into_iter().for_each(|record| append(&writer, record));
+        if let Some((writer, segment)) = discarded {
+            self.discard(&writer, &segment);
         }
         answers.into_iter().for_each(|(reply, answer)| reply.send(answer));
         filled.into_iter().for_each(|filled| self.close_filled(Some(filled)));
         if again {
             self.prepare();
-        }
-        if beat {
-            self.schedule_heartbeat();
         }
     }
 
@@ -483,16 +633,67 @@ impl Saver {
         self.close_filled(Some((Arc::clone(&extent.writer), Arc::clone(&extent.segment))));
     }
 
-    fn expire_waiters(&self) {
+    fn watch_waiters(self: &Arc<Self>, when: Instant) {
+        let saver = Arc::downgrade(self);
+        self.clock.at(when, move || {
+            if let Some(saver) = saver.upgrade() {
+                saver.expire_waiters();
+            }
+        });
+    }
+
+    fn expire_waiters(self: &Arc<Self>) {
         let now = Instant::now();
         let mut state = self.state.lock();
         let waiters = std::mem::take(&mut state.waiters);
-        let (over, waiting): (VecDeque<_>, VecDeque<_>) = waiters
-            .into_iter()
-            .partition(|waiter| waiter.expires.is_some_and(|expires| expires <= now));
+        let (over, waiting): (VecDeque<_>, VecDeque<_>) =
+            waiters.into_iter().partition(|waiter| waiter.expires <= now);
+        let next = waiting.iter().map(|waiter| waiter.expires).min();
         state.waiters = waiting;
+        state.watched = next;
+        if !over.is_empty() && state.preparing {
+            self.fail(&mut state, &expired());
+        }
         drop(state);
+        if let Some(next) = next {
+            self.watch_waiters(next);
+        }
         over.into_iter().for_each(|waiter| waiter.reply.send(Err(expired())));
+    }
+
+    /// How long a save waits for this home before it is taken elsewhere.
+    fn patience(&self) -> Duration {
+        self.home.layout.config.timeout.min(PATIENCE_MAX)
+    }
+
+    /// A data write goes to the drive.
+    pub fn write_begins(&self) {
+        let mut writes = self.writes.lock();
+        if writes.in_flight == 0 {
+            writes.progress = Some(Instant::now());
+        }
+        writes.in_flight += 1;
+    }
+
+    /// A data write has ended, one way or the other.
+    pub fn write_ended(&self) {
+        let mut writes = self.writes.lock();
+        writes.in_flight -= 1;
+        writes.progress = Some(Instant::now());
+    }
+
+    /// A drive on which writes are under way and none has ended for long takes no more: each would hold
+    /// memory of the store that other backends could use.
+    fn hung(&self) -> Option<Error> {
+        let writes = self.writes.lock();
+        let since = writes.progress.filter(|_| writes.in_flight > 0)?;
+        (since.elapsed() > self.patience()).then(|| {
+            Error::new(
+                ErrorKind::Timeout,
+                "the storage does not answer writes; check the mount and its server",
+            )
+            .at(self.home.backend.directory())
+        })
     }
 
     /// A sign of life every third of the lease, for as long as there is a manifest.
@@ -527,9 +728,10 @@ impl Saver {
     }
 
     /// Takes no more saves. Returns the writer, whose segments and manifest remain to be closed.
-    pub fn stop(&self) -> Option<Arc<Writer>> {
+    pub fn stop(self: &Arc<Self>) -> Option<Arc<Writer>> {
         let mut state = self.state.lock();
         state.closed = true;
+        self.drop_latched_writer(&mut state);
         state.current = None;
         state.next = None;
         let writer = state.writer.take();
@@ -546,17 +748,7 @@ impl Saver {
     pub fn close_writer(&self, writer: &Arc<Writer>, reply: Reply<()>) {
         let files = self.home.backend.files();
         for segment in writer.segments() {
-            let closing = segment.close();
-            if segment.is_untouched() {
-                let _ = files.truncate(&segment.file, 0);
-                let _ = files.unlink(&segment.path);
-                continue;
-            }
-            // Nothing is out any more where it can be sealed, so what lies behind is nobody's.
-            if matches!(closing, Closing::Seal(_)) {
-                let _ = files.truncate(&segment.file, segment.used_bytes());
-            }
-            self.seal(writer, &segment, closing);
+            self.close_or_discard(writer, &segment);
         }
         if writer.manifest.is_empty() {
             return reply.send(files.unlink(writer.manifest.path()));

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use crate::block::PAGE;
 use crate::config::Durability;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, Create, File, OpenHow};
+use crate::io::{Access, Create, File, Files, OpenHow};
 use crate::posix::format::SegmentHeader;
 use crate::posix::home::Home;
 use crate::posix::host::wall_ms;
@@ -29,6 +29,8 @@ struct Fill {
     /// No more are handed out.
     closed: bool,
     sealed: bool,
+    /// Why its data cannot be flushed any more.
+    lost: Option<Error>,
 }
 
 /// A segment of this process.
@@ -81,6 +83,7 @@ impl OwnSegment {
                             out: 0,
                             closed: false,
                             sealed: false,
+                            lost: None,
                         }),
                     }));
                 }
@@ -182,9 +185,20 @@ impl OwnSegment {
         Closing::Seal(1 + fill.next * self.extent_pages)
     }
 
-    /// Whether it will not grow any more.
-    pub fn is_sealed(&self) -> bool {
-        self.fill.lock().sealed
+    /// Flushes what was written. After one failure every later flush fails: the system forgets what it could
+    /// not write, so that the next flush would succeed without it.
+    pub fn flush(&self, files: &dyn Files) -> Result<()> {
+        if let Some(error) = &self.fill.lock().lost {
+            return Err(error.clone());
+        }
+        files.sync_data(&self.file).inspect_err(|error| {
+            self.fill.lock().lost = Some(error.clone());
+        })
+    }
+
+    /// Whether a flush of it has failed.
+    pub fn is_lost(&self) -> bool {
+        self.fill.lock().lost.is_some()
     }
 
     /// Bytes up to the end of the last extent that was ever handed out.

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,13 +17,16 @@ use crate::posix::format::{
     RECORDS_PER_PAGE, Record, Refused, SEAL_MANIFEST, head_record, record_seal,
 };
 use crate::posix::home::Home;
-use crate::posix::host::boot_time;
+use crate::posix::host::{Life, boot_time, life_of};
 use crate::posix::manifest::sequence_of;
 use crate::posix::names::{Fence, ManifestName};
 use crate::posix::pages::Pages;
 
 /// Full pages that are read at once: 1 MiB.
 const CHUNK_PAGES: u32 = 256;
+
+/// A writer counts as dead after its lease and this share of it (one part in so many): clocks drift.
+const LEASE_SLACK: u32 = 4;
 
 /// Whether there can be more in a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,32 @@ pub enum Growth {
     Final,
     /// Of another namespace or a newer version: not read, and nothing may be concluded from it.
     Unreadable,
+}
+
+/// What a manifest says that outlives its own segments.
+#[derive(Clone, Debug, Default)]
+pub struct Says {
+    /// Writers whose extents it has dropped.
+    pub dropped: HashSet<u64>,
+    /// Whether it has abandoned blocks.
+    pub abandoned: bool,
+}
+
+impl Says {
+    fn note(&mut self, record: &Record, writer: u64) {
+        match record.kind {
+            Kind::Drop if record.checksum != 0 && record.checksum != writer => {
+                self.dropped.insert(record.checksum);
+            }
+            Kind::Abandoned => self.abandoned = true,
+            _ => {}
+        }
+    }
+}
+
+/// A lease and what clocks may drift in it.
+pub fn with_slack(lease: Duration) -> Duration {
+    lease + lease / LEASE_SLACK
 }
 
 /// One manifest and how far it was read.
@@ -47,8 +77,12 @@ pub struct ManifestTail {
     pub bad_records: u64,
     /// When it was last seen to have grown, on this host's clock.
     pub changed_at: Duration,
-    /// When it was last read, on this host's clock.
+    /// When it was last read without an error, on this host's clock.
     pub polled_at: Duration,
+    /// When it became final, on this host's clock.
+    pub final_at: Duration,
+    /// What it says about others, for which it must stay.
+    pub says: Says,
     path: PathBuf,
     file: Option<File>,
     commit: u64,
@@ -68,6 +102,8 @@ impl ManifestTail {
             bad_records: 0,
             changed_at: boot_time(),
             polled_at: boot_time(),
+            final_at: Duration::ZERO,
+            says: Says::default(),
             path: home.manifests.join(name.to_string()),
             file: None,
             commit: 0,
@@ -96,9 +132,15 @@ impl ManifestTail {
             self.file = Some(files.open(&self.path, home.open_how(Access::Read))?);
         }
         let polled = self.poll_open(home, take);
-        self.polled_at = boot_time();
-        if self.name.fence == Fence::Fenced && polled.is_ok() && self.growth == Growth::Live {
+        if polled.is_ok() {
+            // A read that failed has not seen that nothing changed.
+            self.polled_at = boot_time();
+        }
+        if polled.is_ok() && self.growth == Growth::Live && self.is_over(home) {
             self.growth = Growth::Final;
+        }
+        if self.growth == Growth::Final {
+            self.final_at = boot_time();
         }
         // A buffered descriptor on a network file system shows old bytes for seconds: opening again is
         // what revalidates.
@@ -106,6 +148,25 @@ impl ManifestTail {
             self.file = None;
         }
         polled.map_err(|error| error.at(&self.path))
+    }
+
+    /// Whether a fenced manifest cannot grow any more. Whoever fenced it may have acted late, on a writer that
+    /// had woken up: that one finds out within its lease, and what it published until then counts.
+    fn is_over(&self, home: &Home) -> bool {
+        if self.name.fence == Fence::Open {
+            return false;
+        }
+        let died = self
+            .header
+            .is_some_and(|header| life_of(&home.layout.process, &header.process) == Life::Dead);
+        let own = home.layout.config.lease;
+        let lease = self.header.map_or(own, |header| Duration::from_millis(header.lease_ms));
+        died || self.unchanged() >= with_slack(lease)
+    }
+
+    /// How long it has been read again and again without change.
+    pub fn unchanged(&self) -> Duration {
+        self.polled_at.saturating_sub(self.changed_at)
     }
 
     fn poll_open(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
@@ -123,21 +184,27 @@ impl ManifestTail {
         if self.header.is_none() && !self.read_header(home, &pages.bytes()[..PAGE])? {
             return Ok(());
         }
-        let Some((head, at)) = self.newest_head(pages.bytes()) else {
+        let heads = self.heads(pages.bytes());
+        let Some((newest, _)) = heads.last() else {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 "neither head page of the manifest is whole; its parts are missing until it is",
             ));
         };
-        if head.commit == self.commit {
+        let commit = newest.commit;
+        if commit == self.commit {
             return Ok(());
         }
-        self.read_full_pages(home, &file, head.page, take)?;
-        let page = &pages.bytes()[at * PAGE..][..PAGE];
-        for index in 0..head.count as usize {
-            self.take_record(head_record(page, index), sequence_of(head.page, index), take);
+        // The older one first: a power cut may keep the newer head and lose the full page that it counts, into
+        // which the records of the older one went.
+        for (head, at) in heads {
+            self.read_full_pages(home, &file, head.page, take)?;
+            let page = &pages.bytes()[at * PAGE..][..PAGE];
+            for index in 0..head.count as usize {
+                self.take_record(head_record(page, index), sequence_of(head.page, index), take);
+            }
         }
-        self.commit = head.commit;
+        self.commit = commit;
         self.changed_at = boot_time();
         Ok(())
     }
@@ -153,7 +220,14 @@ impl ManifestTail {
                     format!("format version {version} is newer than this program; update it"),
                 ));
             }
-            Err(_) => return Ok(false),
+            // Not written yet. Anything else is damage, from which nothing may be concluded.
+            Err(_) if page.iter().all(|byte| *byte == 0) => return Ok(false),
+            Err(_) => {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    "the header of the manifest is damaged; remove the file and run `ucm rebuild`",
+                ));
+            }
         };
         let ours = header.fingerprint == home.layout.fingerprint
             && header.part_bytes == home.layout.part_bytes
@@ -170,16 +244,18 @@ impl ManifestTail {
         Ok(true)
     }
 
-    /// The valid head page with the higher count: a torn one leaves the other.
-    fn newest_head(&self, pages: &[u8]) -> Option<(Head, usize)> {
-        (HEAD_PAGE_FIRST as usize..RECORD_PAGE_FIRST as usize)
+    /// The valid head pages, the newer one last: a torn one leaves the other.
+    fn heads(&self, pages: &[u8]) -> Vec<(Head, usize)> {
+        let mut heads: Vec<(Head, usize)> = (HEAD_PAGE_FIRST as usize..RECORD_PAGE_FIRST as usize)
             .filter_map(|at| Some((Head::decode(&pages[at * PAGE..][..PAGE]).ok()?, at)))
             .filter(|(head, at)| {
                 head.place() as usize == *at
                     && head.writer == self.name.writer
                     && head.epoch == self.name.epoch
             })
-            .max_by_key(|(head, _)| head.commit)
+            .collect();
+        heads.sort_unstable_by_key(|(head, _)| head.commit);
+        heads
     }
 
     fn read_full_pages(
@@ -224,6 +300,7 @@ impl ManifestTail {
                 if closes || continues {
                     self.growth = Growth::Final;
                 }
+                self.says.note(&record, self.name.writer);
                 take(&record);
             }
             Decoded::Skip => {}

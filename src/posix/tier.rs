@@ -3,6 +3,7 @@
 //! Owns the catalog, one saver a home, the refresher and the open files, and carries parts between memory
 //! and extents. Knows no slots, no devices and no tasks; callers own the memory.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -28,7 +29,7 @@ use crate::posix::reclaim::Reclaim;
 use crate::posix::recover::{self, Recovered};
 use crate::posix::refresh::{self, Refresher};
 use crate::posix::reply::{Join, Reply, never_began};
-use crate::posix::saver::{Extent, Saver};
+use crate::posix::saver::{Extent, Saver, Writer};
 use crate::posix::stats::{BackendStats, TierStats};
 
 /// Which manifests a store reads.
@@ -51,6 +52,8 @@ pub struct Scope {
 
 /// Bytes that go to one backend before the next gets its turn: neighbours of a prompt lie together.
 const TURN_BYTES: u64 = 1 << 20;
+/// Of the time to open, one part in so many is for a backend that makes no folders while others do.
+const FOLDERS_SHARE: u32 = 4;
 /// A refresh waits this long for a backend, or the tier's timeout if that is shorter.
 const REFRESH_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -63,6 +66,7 @@ pub struct Tier {
     refresher: Arc<Refresher>,
     clock: Arc<Clock>,
     capacity: Arc<Capacity>,
+    reclaim: Arc<Reclaim>,
     turn: AtomicU64,
     writing: Arc<AtomicUsize>,
     closed: Mutex<bool>,
@@ -112,7 +116,7 @@ impl Tier {
             Saver::new(Arc::new(home), catalog, files, Arc::clone(&clock), Arc::clone(&capacity))
         };
         let savers: Vec<Arc<Saver>> = (0u16..).zip(backends).map(saver).collect();
-        create_folders(&savers, namespace, deadline)?;
+        create_folders(&savers, deadline)?;
         let wide = scope.tail == Tail::All || scope.parts.is_empty();
         let reading = if wide { refresh::Scope::All } else { refresh::Scope::Own };
         // The first round reads everything there is, which may take longer than any later one; the rest of the
@@ -120,6 +124,15 @@ impl Tier {
         let first = deadline.saturating_duration_since(Instant::now()) / 4 * 3;
         let (index, alarm) = (Arc::clone(&catalog), Arc::clone(&clock));
         let refresher = Refresher::new(&savers, index, alarm, reading, first);
+        let reclaim = Arc::new(Reclaim {
+            catalog: Arc::clone(&catalog),
+            files: Arc::clone(&files),
+            refresher: Arc::clone(&refresher),
+            clock: Arc::clone(&clock),
+            capacity: Arc::clone(&capacity),
+            savers: savers.clone(),
+            state: Mutex::default(),
+        });
         let tier = Arc::new(Self {
             layout,
             savers,
@@ -128,6 +141,7 @@ impl Tier {
             refresher,
             clock,
             capacity,
+            reclaim,
             turn: AtomicU64::new(0),
             writing: Arc::default(),
             closed: Mutex::new(false),
@@ -147,6 +161,15 @@ impl Tier {
     /// Where a part is. Memory only.
     pub fn find(&self, key: &PartKey) -> Option<Found> {
         self.catalog.index.find(key)
+    }
+
+    /// Where parts are, in the order of `keys`. Memory only, and faster than one by one.
+    pub fn find_many<'a>(&self, keys: impl Iterator<Item = &'a PartKey>) -> Vec<Option<Found>> {
+        let mut found = Vec::with_capacity(keys.size_hint().0);
+        self.catalog
+            .index
+            .find_many(keys.map(|key| (&key.block, key.part)), |_, part| found.push(part));
+        found
     }
 
     /// Whether all parts of a block can be found. Memory only.
@@ -331,8 +354,15 @@ impl Tier {
         debug_assert_eq!(generation, segment.name.generation);
         let saver = &self.savers[usize::from(segment.home)];
         let own = saver.is_own(segment.name.writer);
-        let listed = own || self.refresher.poll_writer(segment.home, segment.name.writer);
-        let retired = self.catalog.segment(handle).is_none_or(|segment| segment.retired);
+        let listed = match self.refresher.poll_writer(segment.home, segment.name.writer) {
+            Ok(listed) => own || listed,
+            // The drive fails altogether: nothing is known about the part that was not known before.
+            Err(failure) => {
+                self.find_again(key, found);
+                return if error.kind() == ErrorKind::Corrupt { failure } else { error };
+            }
+        };
+        let retired = self.catalog.segment(handle).is_none_or(|segment| segment.is_retired());
         let path = saver.home.segments.join(segment.name.to_string());
         let stands = saver.home.backend.files().metadata(&path);
         let vanished = stands.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
@@ -346,13 +376,17 @@ impl Tier {
             return self.mismatch(key, found, &segment);
         }
         // The drive failed, which says nothing about the part: others may still read it, and so may we.
-        if self.catalog.index.find(key).is_none() {
-            self.catalog.publish(key, *found);
-        }
+        self.find_again(key, found);
         error
     }
 
-    fn record_drop(&self, saver: &Saver, key: &PartKey, found: &Found, segment: &SegmentRef) {
+    fn find_again(&self, key: &PartKey, found: &Found) {
+        if self.catalog.index.find(key).is_none() {
+            self.catalog.publish(key, *found);
+        }
+    }
+
+    fn record_drop(&self, saver: &Arc<Saver>, key: &PartKey, found: &Found, segment: &SegmentRef) {
         let record = Record {
             part: key.part,
             block: key.block,
@@ -481,10 +515,13 @@ impl Tier {
         }
         let manifest = Arc::clone(&extent.writer().manifest);
         manifest.data_begins();
+        let saver = Arc::clone(extent.saver());
+        saver.write_begins();
         let backend = Arc::clone(&extent.saver().home.backend);
         let (file, offset) = (extent.segment().file.clone(), extent.offset());
         let tier = Arc::clone(self);
         let written = Reply::new(move |result: Result<()>| {
+            saver.write_ended();
             manifest.data_ended();
             match result {
                 Ok(()) => tier.publish(extent, reply),
@@ -516,11 +553,15 @@ impl Tier {
         };
         let location = Location { segment: extent.segment().handle, page: extent.page() };
         let manifest = Arc::clone(&extent.writer().manifest);
-        let data = Some(extent.segment().file.clone());
+        let data = Some(Arc::clone(extent.segment()));
         let catalog = Arc::clone(&self.catalog);
         let reply = Reply::new(move |result: Result<()>| {
-            if result.is_ok() {
-                catalog.publish(&key, Found { location, checksum });
+            match &result {
+                Ok(()) => catalog.publish(&key, Found { location, checksum }),
+                Err(error) if extent.segment().is_lost() => {
+                    extent.saver().write_failed(&extent, error);
+                }
+                Err(_) => {}
             }
             extent.spend();
             reply.send(result);
@@ -528,26 +569,59 @@ impl Tier {
         manifest.push(Item { record, data, reply }, Urgency::MayGather);
     }
 
-    /// Tells everyone that announced blocks will not come.
-    pub fn abandon(&self, blocks: &[BlockId], done: Done) {
+    /// Tells everyone that announced blocks will not come. A store that never saved becomes a writer for it.
+    pub fn abandon(self: &Arc<Self>, blocks: &[BlockId], done: Done) {
         blocks.iter().for_each(|block| self.catalog.abandon(*block));
         let reply = Reply::boxed(done);
-        let writer = self
-            .savers
-            .iter()
-            .find_map(|saver| saver.writer().filter(|writer| writer.manifest.latched().is_none()));
-        // Who never saved has announced nothing that others could wait for.
-        let Some(writer) = writer else { return reply.send(Ok(())) };
         if blocks.is_empty() {
             return reply.send(Ok(()));
         }
-        let join = Join::new(blocks.len(), reply);
-        for block in blocks {
-            let record = Record { block: *block, ..Record::of(Kind::Abandoned, wall_ms()) };
-            let join = Arc::clone(&join);
-            let reply = Reply::new(move |result| join.ended(result));
-            writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
+        if self.layout.parts.is_empty() {
+            return reply.send(Err(Error::new(
+                ErrorKind::Unsupported,
+                "a store that only looks up announces nothing",
+            )));
         }
+        // Any backend will do: first those that it saves in already, and not those that do not work.
+        let mut savers: Vec<Arc<Saver>> = self.savers.clone();
+        savers.sort_by_key(|saver| (saver.failure().is_some(), saver.writer().is_none()));
+        self.announce(savers.into(), blocks.into(), reply);
+    }
+
+    fn announce(
+        self: &Arc<Self>,
+        mut savers: VecDeque<Arc<Saver>>,
+        blocks: Arc<[BlockId]>,
+        reply: Reply<()>,
+    ) {
+        let Some(saver) = savers.pop_front() else {
+            return reply.send(Err(Error::new(
+                ErrorKind::InvalidConfig,
+                "storage_backends: none is given",
+            )));
+        };
+        let (tier, again) = (Arc::clone(self), Arc::clone(&blocks));
+        let attempt = Reply::new(move |result: Result<()>| match result {
+            Err(error) if error.kind() != ErrorKind::Closed && !savers.is_empty() => {
+                tier.announce(savers, again, reply);
+            }
+            result => reply.send(result),
+        });
+        let patience = self.layout.config.timeout.min(REFRESH_PATIENCE);
+        let late = timeout("announcing abandoned blocks");
+        let attempt = attempt.by(&self.clock, Instant::now() + patience, late);
+        saver.with_writer(Reply::new(move |writer: Result<Arc<Writer>>| match writer {
+            Err(error) => attempt.send(Err(error)),
+            Ok(writer) => {
+                let join = Join::new(blocks.len(), attempt);
+                for block in blocks.iter() {
+                    let record = Record { block: *block, ..Record::of(Kind::Abandoned, wall_ms()) };
+                    let join = Arc::clone(&join);
+                    let reply = Reply::new(move |result| join.ended(result));
+                    writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
+                }
+            }
+        }));
     }
 
     /// Whether an announced block will not come.
@@ -649,17 +723,7 @@ impl Tier {
     /// One round of reclaim; `done` gets the bytes that will be freed after the grace. Stores that only look
     /// up reclaim nothing.
     pub fn reclaim(&self, done: Box<dyn FnOnce(Result<u64>) + Send>) {
-        let reply = Reply::boxed(done);
-        let Some(saver) = self.savers.first() else { return reply.send(Ok(0)) };
-        let reclaim = Reclaim {
-            catalog: Arc::clone(&self.catalog),
-            files: Arc::clone(&self.files),
-            refresher: Arc::clone(&self.refresher),
-            clock: Arc::clone(&self.clock),
-            capacity: Arc::clone(&self.capacity),
-            savers: self.savers.clone(),
-        };
-        reply.run_on(&saver.home.backend, move |reply| reply.send(reclaim.round()));
+        self.reclaim.round(Reply::boxed(done));
     }
 
     /// Recovery and reclaim run on the path pools, apart from everything else, at open and at every interval.
@@ -667,12 +731,11 @@ impl Tier {
         if self.layout.parts.is_empty() {
             return;
         }
-        let recovered = Box::new(|result: Result<Recovered>| {
+        self.recover(Box::new(|result| {
             if let Err(error) = result {
                 crate::log::warning(format_args!("cleaning up after dead writers: {error}"));
             }
-        });
-        self.recover(recovered);
+        }));
         self.reclaim(Box::new(|result| {
             if let Err(error) = result {
                 crate::log::warning(format_args!("reclaim: {error}"));
@@ -680,9 +743,14 @@ impl Tier {
         }));
         let tier = Arc::downgrade(self);
         self.clock.at(Instant::now() + self.layout.config.gc.interval, move || {
-            if let Some(tier) = tier.upgrade() {
-                tier.keep_house();
-            }
+            let Some(tier) = tier.upgrade() else { return };
+            // Who died and who ended is known from reading manifests, which an idle store does not do.
+            let house = Arc::downgrade(&tier);
+            tier.refresh(Box::new(move |_| {
+                if let Some(tier) = house.upgrade() {
+                    tier.keep_house();
+                }
+            }));
         });
     }
 
@@ -753,20 +821,25 @@ fn transfer(
     backend.submit_all(requests.collect());
 }
 
-/// Creates the folders of all homes; an error only where none could be.
-fn create_folders(savers: &[Arc<Saver>], namespace: &Namespace, deadline: Instant) -> Result<()> {
+/// Creates the folders of all homes; an error only where none could be. One that does not answer is given a
+/// part of the time while others do: opening goes on without it.
+fn create_folders(savers: &[Arc<Saver>], deadline: Instant) -> Result<()> {
     let (sender, created) = std::sync::mpsc::channel();
     for saver in savers {
         let sender = sender.clone();
         let reply = Reply::new(move |result: Result<()>| drop(sender.send(result)));
-        let (home, namespace) = (Arc::clone(&saver.home), namespace.clone());
+        let home = Arc::clone(&saver.home);
         let backend = Arc::clone(&home.backend);
-        reply.run_on(&backend, move |reply| reply.send(home.create_folders(&namespace)));
+        reply.run_on(&backend, move |reply| reply.send(home.create_folders()));
     }
+    let now = Instant::now();
+    let patience = deadline.saturating_duration_since(now);
+    let early = now + patience / FOLDERS_SHARE;
     let mut succeeded = 0;
     let mut error = Error::new(ErrorKind::InvalidConfig, "storage_backends: none is given");
     for _ in savers {
-        match created.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let until = if succeeded > 0 { early } else { deadline };
+        match created.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Ok(())) => succeeded += 1,
             Ok(Err(failure)) => {
                 crate::log::warning(format_args!("a storage backend is left out: {failure}"));
@@ -774,6 +847,7 @@ fn create_folders(savers: &[Arc<Saver>], namespace: &Namespace, deadline: Instan
             }
             Err(_) => {
                 error = timeout("creating the namespace's folders");
+                crate::log::warning(format_args!("a storage backend is left out: {error}"));
                 break;
             }
         }

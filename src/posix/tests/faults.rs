@@ -1,41 +1,13 @@
 //! Drives that fail, fill up or hang: what suffers, and what must not.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::world::*;
-use crate::config::{DirectIo, IoEngine};
 use crate::error::ErrorKind;
-use crate::io::backend::{Backend, BackendConfig};
 use crate::io::sim::{Call, Effect, Fault, Occasion, SimConfig, SimDisk};
 use crate::posix::{Scope, Tail, Tier, TierConfig};
-
-fn sim_backend(disk: &SimDisk) -> Arc<Backend> {
-    disk.backend(
-        Path::new("/store"),
-        &BackendConfig {
-            engine: IoEngine::Psync,
-            direct: DirectIo::Auto,
-            threads: 1,
-            depth: 8,
-            io_bytes: 1 << 20,
-            affinity: Vec::new(),
-            queue_depth: 1024,
-        },
-    )
-}
-
-fn tier_over(disks: &[&SimDisk], config: TierConfig) -> Arc<Tier> {
-    let backends = disks.iter().map(|disk| sim_backend(disk)).collect();
-    let scope = Scope { parts: 0..1, tail: Tail::Own };
-    Tier::open(&namespace(1), scope, backends, config, deadline()).unwrap()
-}
-
-fn always(call: Call, effect: Effect) -> Fault {
-    Fault { call, occasion: Occasion::Always, effect }
-}
 
 /// Goal: with one of two drives failing all writes, saves go to the other one; when it heals it is used again.
 #[test]
@@ -185,4 +157,101 @@ fn files_are_private() {
         let mode = std::fs::metadata(folder).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o700, "{}", folder.display());
     }
+}
+
+/// Goal: while a drive fails all reads, the manifest's among them, nothing that others saved is forgotten.
+#[test]
+fn a_drive_that_is_away_makes_nothing_forgotten() {
+    let disk = SimDisk::new(SimConfig::default());
+    let writer = tier_over(&[&disk], config());
+    save(&writer, key(1, 0)).unwrap();
+    let reader = tier_over(&[&disk], config());
+    disk.inject(always(Call::Read, Effect::Errno(libc::EIO)));
+    assert_eq!(load(&reader, &key(1, 0)).unwrap_err().kind(), ErrorKind::Io);
+    disk.heal();
+    assert_eq!(load(&reader, &key(1, 0)).unwrap(), expected(&key(1, 0)));
+}
+
+/// Goal: opening with one backend that hangs works with the others, and takes it in when it answers.
+#[test]
+fn opening_does_not_wait_for_a_hung_backend() {
+    let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
+    let backends = vec![sim_backend(&hung), sim_backend(&good)];
+    let hang = Effect::Delay(Duration::from_secs(6));
+    hung.inject(always(Call::CreateDir, hang));
+    hung.inject(always(Call::List, hang));
+    let short = TierConfig { timeout: Duration::from_millis(500), ..config() };
+    let scope = Scope { parts: 0..1, tail: Tail::Own };
+    let until = Instant::now() + Duration::from_secs(4);
+    let tier = Tier::open(&namespace(1), scope, backends, short, until).unwrap();
+    for number in 0..100 {
+        // A home that does not answer may take what waits for it when that is found out.
+        let _ = save(&tier, key(number, 0));
+    }
+    save(&tier, key(100, 0)).unwrap();
+    assert_eq!(load(&tier, &key(100, 0)).unwrap(), expected(&key(100, 0)));
+    hung.heal();
+    wait_until(|| {
+        (0..60).for_each(|_| drop(save(&tier, key(200, 0))));
+        hung.paths().iter().any(|path| path.to_string_lossy().contains("/segments/"))
+    });
+}
+
+/// Goal: opening a store on nothing but a hung mount ends with `Timeout`.
+#[test]
+fn opening_on_a_hung_mount_times_out() {
+    let hung = SimDisk::new(SimConfig::default());
+    let backends = vec![sim_backend(&hung)];
+    hung.inject(always(Call::CreateDir, Effect::Delay(Duration::from_secs(60))));
+    let scope = Scope { parts: 0..1, tail: Tail::Own };
+    let until = Instant::now() + Duration::from_millis(300);
+    let error = Tier::open(&namespace(1), scope, backends, config(), until).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+}
+
+/// Goal: saves that nobody bounded do not wait for ever for a backend that hangs while making a segment.
+#[test]
+fn reserving_moves_on_from_a_hung_backend() {
+    let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
+    let short = TierConfig { timeout: Duration::from_millis(400), ..config() };
+    let tier = tier_over(&[&hung, &good], short);
+    hung.inject(always(Call::Allocate, Effect::Delay(Duration::from_secs(60))));
+    for number in 0..5 {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let done = Box::new(move |extent: crate::error::Result<_>| drop(sender.send(extent)));
+        tier.reserve(&key(number, 0), None, done);
+        receiver.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+    }
+}
+
+/// Goal: a backend on which writes hang gets no more of them after a while, so that it does not take all the
+/// memory of the store.
+#[test]
+fn writes_avoid_a_hung_backend() {
+    let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
+    let short = TierConfig { timeout: Duration::from_millis(400), ..config() };
+    let tier = tier_over(&[&hung, &good], short);
+    save(&tier, key(0, 0)).unwrap();
+    hung.inject(on(Call::Write, "segments", Effect::Delay(Duration::from_secs(60))));
+    let _stuck = begin_saves(&tier, &[key(1, 0)]);
+    std::thread::sleep(Duration::from_millis(900));
+    for number in 2..200 {
+        save(&tier, key(number, 0)).unwrap();
+    }
+}
+
+/// Goal: after a flush of a segment has failed nothing more is acknowledged in it: the system has forgotten
+/// what it could not write, and the next flush would succeed without it.
+#[test]
+fn a_segment_that_could_not_be_flushed_is_left() {
+    let disk = SimDisk::new(SimConfig::default());
+    let durable = TierConfig { durability: crate::config::Durability::Durable, ..config() };
+    let tier = tier_over(&[&disk], durable);
+    save(&tier, key(1, 0)).unwrap();
+    disk.inject(on(Call::SyncData, "segments", Effect::Errno(libc::EIO)));
+    assert_eq!(save(&tier, key(2, 0)).unwrap_err().kind(), ErrorKind::Io);
+    disk.heal();
+    wait_until(|| save(&tier, key(3, 0)).is_ok());
+    let segment = |number| tier.find(&key(number, 0)).unwrap().location.segment;
+    assert_ne!(segment(1), segment(3));
 }

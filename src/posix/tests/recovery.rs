@@ -4,29 +4,13 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use super::world::*;
-use crate::posix::format::ProcessIdentity;
-use crate::posix::host::this_process;
 use crate::posix::{Recovered, Scope, Tail, Tier};
-
-/// A process of this host that has ended.
-fn dead_process() -> ProcessIdentity {
-    let mut child = std::process::Command::new("true").spawn().unwrap();
-    let pid = child.id();
-    child.wait().unwrap();
-    ProcessIdentity { pid, start_time: 1, ..this_process() }
-}
 
 /// A tier whose process seems dead to others, and which never closes.
 fn doomed(directory: &std::path::Path) -> Arc<Tier> {
     let scope = Scope { parts: 0..1, tail: Tail::Own };
     let backends = vec![backend(directory)];
     Tier::open_as(dead_process(), &namespace(1), scope, backends, config(), deadline()).unwrap()
-}
-
-fn recover(tier: &Tier) -> Recovered {
-    let (sender, receiver) = mpsc::channel();
-    tier.recover(Box::new(move |result| sender.send(result).unwrap()));
-    receiver.recv().unwrap().unwrap()
 }
 
 /// Goal: after a death everything published is served, segments end where publishing ended, and empty ones

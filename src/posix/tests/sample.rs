@@ -1,14 +1,11 @@
 //! The committed sample of format version 1: whatever the program becomes, it reads this.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 
 use super::world::*;
 use crate::posix::format::{Kind, ProcessIdentity, Record};
 use crate::posix::host::wall_ms;
-use crate::posix::manifest::{Item, Urgency};
 use crate::posix::rebuild::{Depth, rebuild};
-use crate::posix::reply::Reply;
 use crate::posix::{Scope, Tail, Tier};
 
 fn sample() -> PathBuf {
@@ -25,14 +22,6 @@ fn copy(from: &Path, to: &Path) {
             false => drop(std::fs::copy(entry.path(), target).unwrap()),
         }
     }
-}
-
-fn push(tier: &Tier, record: Record) {
-    let (sender, receiver) = mpsc::channel();
-    let reply = Reply::new(move |result| sender.send(result).unwrap());
-    let writer = tier.savers()[0].writer().unwrap();
-    writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
-    receiver.recv().unwrap().unwrap();
 }
 
 /// Wrote the sample, once. Kept so that one sees how; the sample itself must never be written again.

@@ -9,9 +9,14 @@ use crate::block::{BlockId, Namespace, PAGE, PartKey};
 use crate::config::{Checksum, DirectIo, Durability, GcConfig, IoEngine};
 use crate::error::{Error, Result};
 use crate::io::backend::{Backend, BackendConfig};
+use crate::io::sim::{Call, Effect, Fault, Occasion, SimDisk};
 use crate::io::{Class, DmaSlice};
+use crate::posix::format::{ProcessIdentity, Record};
+use crate::posix::host::this_process;
+use crate::posix::manifest::{Item, Urgency};
 use crate::posix::pages::Pages;
-use crate::posix::{Found, Scope, Tail, Tier, TierConfig};
+use crate::posix::reply::Reply;
+use crate::posix::{Found, Recovered, Scope, Tail, Tier, TierConfig};
 
 pub const PART_BYTES: u64 = 3 * PAGE as u64 + 100;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -88,6 +93,88 @@ pub fn key(number: u64, part: u16) -> PartKey {
     PartKey { block: BlockId(id), part }
 }
 
+/// A backend on a simulated disk.
+pub fn sim_backend(disk: &SimDisk) -> Arc<Backend> {
+    disk.backend(
+        Path::new("/store"),
+        &BackendConfig {
+            engine: IoEngine::Psync,
+            direct: DirectIo::Auto,
+            threads: 1,
+            depth: 8,
+            io_bytes: 1 << 20,
+            affinity: Vec::new(),
+            queue_depth: 1024,
+        },
+    )
+}
+
+/// A tier over simulated disks.
+pub fn tier_over(disks: &[&SimDisk], config: TierConfig) -> Arc<Tier> {
+    tier_as(this_process(), disks, config)
+}
+
+pub fn always(call: Call, effect: Effect) -> Fault {
+    Fault { call, occasion: Occasion::Always, effect }
+}
+
+/// Injects EIO or a delay into what touches the first pages of files whose path contains `text`.
+pub fn on(call: Call, text: &str, effect: Effect) -> Fault {
+    Fault { call, occasion: Occasion::Bytes(text.into(), 0..u64::MAX), effect }
+}
+
+/// As [`tier_over`], in the name of another process.
+pub fn tier_as(process: ProcessIdentity, disks: &[&SimDisk], config: TierConfig) -> Arc<Tier> {
+    let backends = disks.iter().map(|disk| sim_backend(disk)).collect();
+    let scope = Scope { parts: 0..1, tail: Tail::Own };
+    Tier::open_as(process, &namespace(1), scope, backends, config, deadline()).unwrap()
+}
+
+/// A process of another host: only its lease tells whether it lives.
+pub fn stranger() -> ProcessIdentity {
+    ProcessIdentity { boot: [0xab; 16], pid_namespace: 1, pid: 2, start_time: 3 }
+}
+
+/// A process of this host that has ended.
+pub fn dead_process() -> ProcessIdentity {
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    let pid = child.id();
+    child.wait().unwrap();
+    ProcessIdentity { pid, start_time: 1, ..this_process() }
+}
+
+/// Cleans up after dead writers and waits for it.
+pub fn recover(tier: &Tier) -> Recovered {
+    let (sender, receiver) = mpsc::channel();
+    tier.recover(Box::new(move |result| sender.send(result).unwrap()));
+    receiver.recv_timeout(PATIENCE).unwrap().unwrap()
+}
+
+/// One round of reclaim.
+pub fn reclaim(tier: &Tier) -> u64 {
+    let (sender, receiver) = mpsc::channel();
+    tier.reclaim(Box::new(move |freed| sender.send(freed).unwrap()));
+    receiver.recv_timeout(PATIENCE).unwrap().unwrap()
+}
+
+/// Appends a record to the manifest of the tier's writer in its first home and waits for it.
+pub fn push(tier: &Tier, record: Record) {
+    let (sender, receiver) = mpsc::channel();
+    let reply = Reply::new(move |result| sender.send(result).unwrap());
+    let writer = tier.savers()[0].writer().unwrap();
+    writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
+    receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+}
+
+/// Waits for something that other threads bring about.
+pub fn wait_until(mut done: impl FnMut() -> bool) {
+    let end = deadline();
+    while !done() {
+        assert!(Instant::now() < end, "it did not happen in time");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// The bytes of a part follow from its key.
 pub fn fill(key: &PartKey, bytes: &mut [u8]) {
     let seed = u64::from_be_bytes(key.block.0[..8].try_into().unwrap()) * 31 + u64::from(key.part);
@@ -109,13 +196,22 @@ pub fn save(tier: &Arc<Tier>, key: PartKey) -> Result<()> {
 
 /// Saves parts, all in flight at once, in shards of a page.
 pub fn save_many(tier: &Arc<Tier>, keys: &[PartKey]) -> Vec<Result<()>> {
+    let receiver = begin_saves(tier, keys);
+    let mut results: Vec<(usize, Result<()>)> =
+        (0..keys.len()).map(|_| receiver.recv_timeout(PATIENCE).unwrap()).collect();
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// As [`save_many`], without waiting: the receiver gets the place of each key and what became of it.
+pub fn begin_saves(tier: &Arc<Tier>, keys: &[PartKey]) -> mpsc::Receiver<(usize, Result<()>)> {
     let (sender, receiver) = mpsc::channel();
     for (index, key) in keys.iter().enumerate() {
         let (tier2, sender, key) = (Arc::clone(tier), sender.clone(), *key);
         let done = move |extent: Result<crate::posix::Extent>| {
             let extent = match extent {
                 Ok(extent) => extent,
-                Err(error) => return sender.send((index, Err(error))).unwrap(),
+                Err(error) => return drop(sender.send((index, Err(error)))),
             };
             let pages = tier2.extent_bytes() as usize / PAGE;
             let mut memory = Pages::new(pages);
@@ -133,11 +229,7 @@ pub fn save_many(tier: &Arc<Tier>, keys: &[PartKey]) -> Vec<Result<()>> {
         };
         tier.reserve(&key, Some(deadline()), Box::new(done));
     }
-    drop(sender);
-    let mut results: Vec<(usize, Result<()>)> =
-        (0..keys.len()).map(|_| receiver.recv_timeout(PATIENCE).unwrap()).collect();
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
+    receiver
 }
 
 pub fn read_range(

@@ -1,0 +1,96 @@
+//! What a store says that is about no part of its own: blocks that will not come, and extents that are bad.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use super::world::*;
+use crate::block::{BlockId, PAGE};
+use crate::error::ErrorKind;
+use crate::io::sim::{Call, Effect, SimConfig, SimDisk};
+use crate::posix::{Tier, TierConfig};
+
+fn abandon(tier: &Arc<Tier>, block: BlockId) -> crate::error::Result<()> {
+    let (sender, receiver) = mpsc::channel();
+    tier.abandon(&[block], Box::new(move |result| drop(sender.send(result))));
+    receiver.recv_timeout(Duration::from_secs(20)).unwrap()
+}
+
+/// Goal: a store that has never saved tells others that a block will not come; they hear it with their next
+/// refresh, even where it closed at once and others clean up meanwhile.
+#[test]
+fn a_store_that_never_saved_can_abandon() {
+    let dir = tempfile::tempdir().unwrap();
+    let (prefill, decode) = (open(dir.path()), open(dir.path()));
+    let block = key(1, 0).block;
+    abandon(&prefill, block).unwrap();
+    assert!(prefill.is_abandoned(&block) && !decode.is_abandoned(&block));
+    prefill.close(deadline());
+    let third = open(dir.path());
+    recover(&third);
+    refresh(&decode);
+    assert!(decode.is_abandoned(&block));
+    // Once everybody had time to read it, it need not stay.
+    let impatient = TierConfig { timeout: Duration::from_millis(50), ..config() };
+    let last = open_with(&[dir.path()], namespace(1), 0..1, impatient);
+    wait_until(|| {
+        recover(&last);
+        files_with(dir.path(), "/manifests/").is_empty()
+    });
+    // A block that comes after all is not abandoned any more.
+    save(&third, key(1, 0)).unwrap();
+    refresh(&decode);
+    assert!(!decode.is_abandoned(&block));
+}
+
+/// Goal: where one backend fails or hangs, abandoned blocks are announced in another.
+#[test]
+fn abandoning_does_not_depend_on_one_backend() {
+    for effect in [Effect::Errno(libc::EIO), Effect::Delay(Duration::from_secs(60))] {
+        let (bad, good) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
+        let short = TierConfig { timeout: Duration::from_millis(500), ..config() };
+        let tier = tier_over(&[&bad, &good], short.clone());
+        let waiter = tier_over(&[&good], short);
+        bad.inject(always(Call::Open, effect));
+        abandon(&tier, key(1, 0).block).unwrap();
+        refresh(&waiter);
+        assert!(waiter.is_abandoned(&key(1, 0).block));
+    }
+}
+
+fn damage(directory: &Path, page: u32) {
+    let segment = files_with(directory, ".g0").remove(0);
+    let file = std::fs::OpenOptions::new().write(true).open(segment).unwrap();
+    file.write_all_at(b"damage", u64::from(page) * PAGE as u64 + 10).unwrap();
+}
+
+/// Goal: a bad extent is not found again, by whomever, once any store that may save has met it, though it
+/// has never saved; and for as long as the extent stands.
+#[test]
+fn a_bad_extent_is_dropped_for_everybody() {
+    let dir = tempfile::tempdir().unwrap();
+    let writer = open(dir.path());
+    save(&writer, key(1, 0)).unwrap();
+    save(&writer, key(2, 0)).unwrap();
+    damage(dir.path(), writer.find(&key(1, 0)).unwrap().location.page);
+    let reader = open(dir.path());
+    assert_eq!(load(&reader, &key(1, 0)).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert!(reader.find(&key(1, 0)).is_none());
+    wait_until(|| {
+        open_with(&[dir.path()], namespace(1), 0..0, config()).find(&key(1, 0)).is_none()
+    });
+    refresh(&writer);
+    assert!(writer.find(&key(1, 0)).is_none(), "its own writer honours it, too");
+    reader.close(deadline());
+    let impatient = TierConfig { timeout: Duration::from_millis(1), ..config() };
+    let third = open_with(&[dir.path()], namespace(1), 0..1, impatient);
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(30));
+        refresh(&third);
+        recover(&third);
+    }
+    let last = open(dir.path());
+    assert!(last.find(&key(1, 0)).is_none() && last.find(&key(2, 0)).is_some());
+    assert_eq!(load(&last, &key(2, 0)).unwrap(), expected(&key(2, 0)));
+}
