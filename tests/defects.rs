@@ -23,35 +23,18 @@ const BLOCK: usize = 64 << 10;
 const LAYERS: usize = 8;
 const LAYER: usize = BLOCK / LAYERS;
 
-fn pairs<'a>(directory: &'a str, extra: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
-    let mut pairs = vec![
-        ("storage_backends", directory),
-        ("cache_buffer_capacity_gb", "0.01"),
-        ("block_size", "65536"),
-        ("segment_size_mb", "8"),
-        ("lookup_refresh_ms", "20"),
-    ];
-    pairs.extend(extra);
-    pairs
-}
-
-fn store_in(directory: &Path, extra: &[(&str, &str)]) -> Arc<Store> {
-    open(&pairs(directory.to_str().unwrap(), extra))
+/// What a lookup says of a block after a refresh.
+fn is_present_now(store: &Store, number: u64) -> bool {
+    store.refresh(None).unwrap();
+    is_present(store, number)
 }
 
 /// A store on a simulated disk.
 fn store_on(disk: &Arc<SimDisk>, extra: &[(&str, &str)]) -> Arc<Store> {
-    let config = options(&pairs("/sim", extra)).build().unwrap();
+    let config = options(&pairs_in("/sim", extra)).build().unwrap();
     let backend = disk.backend(Path::new("/sim"), &BackendConfig::default());
     Store::open_on(config, Platform { backends: Some(vec![backend]), ..Platform::default() })
         .unwrap()
-}
-
-fn is_present(store: &Store, number: u64) -> bool {
-    let mut found = [9];
-    store.refresh(None).unwrap();
-    store.lookup(&[id(number)], &mut found).unwrap();
-    found[0] == 1
 }
 
 fn save_layer(store: &Store, number: u64, layer: usize) -> Arc<ucm::task::Task> {
@@ -72,12 +55,12 @@ fn a_block_is_published_when_the_last_numbered_layer_is_written() {
     let reader = store_in(directory.path(), &[]);
     let mut tasks = Vec::new();
     for layer in (0..LAYERS).rev() {
-        assert!(!is_present(&store, 1) && !is_present(&reader, 1), "before layer {layer}");
+        assert!(!is_present_now(&store, 1) && !is_present_now(&reader, 1), "before layer {layer}");
         assert_eq!(load_blocks(&reader, &[1], BLOCK), [(1, ErrorKind::NotFound)]);
         tasks.push(save_layer(&store, 1, layer));
     }
     tasks.iter().for_each(|task| done(task, Stage::Persisted));
-    assert!(is_present(&reader, 1));
+    assert!(is_present_now(&reader, 1));
     assert_eq!(load_blocks(&reader, &[1], BLOCK), []);
 }
 
@@ -140,7 +123,7 @@ fn an_earlier_layer_fails_and_the_last_one_publishes_the_block() {
     for fails in 0..LAYERS {
         let directory = TempDir::new().unwrap();
         let text = directory.path().to_str().unwrap().to_owned();
-        let config = options(&pairs(&text, &[("shard_size", "8192")])).build().unwrap();
+        let config = options(&pairs_in(&text, &[("shard_size", "8192")])).build().unwrap();
         let device = Arc::new(Failing { fails, copies: Arc::default() });
         let platform = Platform { device: Some(device), ..Platform::default() };
         let store = Store::open_on(config, platform).unwrap();
@@ -148,7 +131,7 @@ fn an_earlier_layer_fails_and_the_last_one_publishes_the_block() {
         for task in &tasks {
             assert_eq!(failure(task, Stage::Persisted), ErrorKind::Device);
         }
-        assert!(!is_present(&store, 1));
+        assert!(!is_present_now(&store, 1));
         let again: Vec<_> = (0..LAYERS).map(|layer| save_layer(&store, 1, layer)).collect();
         again.iter().for_each(|task| done(task, Stage::Persisted));
         assert_eq!(load_blocks(&store_in(directory.path(), &[]), &[1], BLOCK), []);
@@ -203,10 +186,10 @@ fn a_save_whose_disk_write_fails_reports_ok() {
         let task = save(&store, &[id(2)], None, &address).unwrap();
         let expected = if errno == libc::EIO { ErrorKind::Io } else { ErrorKind::NoSpace };
         assert_eq!(failure(&task, Stage::Persisted), expected);
-        assert!(!is_present(&store, 2));
+        assert!(!is_present_now(&store, 2));
         assert_eq!(load_blocks(&store, &[2], BLOCK), [(2, ErrorKind::NotFound)]);
         disk.heal();
-        assert!(is_present(&store, 1));
+        assert!(is_present_now(&store, 1));
         assert_eq!(load_blocks(&store, &[1], BLOCK), []);
         let until = Instant::now() + Duration::from_secs(60);
         while Instant::now() < until {
@@ -226,12 +209,12 @@ fn a_failed_load_leaves_a_lookup_that_says_yes() {
     let directory = TempDir::new().unwrap();
     save_blocks(&store_in(directory.path(), &[]), &[1, 2], BLOCK);
     let reader = store_in(directory.path(), &[]);
-    assert!(is_present(&reader, 1));
+    assert!(is_present_now(&reader, 1));
     for segment in files(directory.path(), "segments") {
         std::fs::remove_file(segment).unwrap();
     }
     assert_eq!(load_blocks(&reader, &[1, 2], BLOCK).len(), 2);
-    assert!(!is_present(&reader, 1) && !is_present(&reader, 2));
+    assert!(!is_present_now(&reader, 1) && !is_present_now(&reader, 2));
 }
 
 /// Goal: lookup answers for each block, also behind one that is missing.
@@ -255,10 +238,10 @@ fn lookup_sees_rank_0_only() {
     save_blocks(&rank("0"), &[1], BLOCK);
     for path in [rank("0"), store_in(directory.path(), &[("part_count", "2"), ("device_id", "-1")])]
     {
-        assert!(!is_present(&path, 1));
+        assert!(!is_present_now(&path, 1));
     }
     save_blocks(&rank("1"), &[1], BLOCK);
-    assert!(is_present(&rank("0"), 1) && is_present(&rank("1"), 1));
+    assert!(is_present_now(&rank("0"), 1) && is_present_now(&rank("1"), 1));
 }
 
 /// Goal: content that is named by other words has other ids and another namespace.

@@ -25,16 +25,11 @@ fn soak_seconds() -> u64 {
     std::env::var("UCM_TEST_SOAK_SECONDS").map_or(60, |seconds| seconds.parse().expect("seconds"))
 }
 
-fn store_in(directory: &Path, extra: &[(&str, &str)]) -> Arc<Store> {
-    let mut pairs = vec![
-        ("storage_backends", directory.to_str().unwrap()),
-        ("cache_buffer_capacity_gb", "0.004"),
-        ("block_size", "65536"),
-        ("segment_size_mb", "8"),
-        ("lookup_refresh_ms", "20"),
-    ];
-    pairs.extend(extra);
-    open(&pairs)
+/// A store with little DRAM, so that most loads come from storage.
+fn small_store(directory: &Path, extra: &[(&str, &str)]) -> Arc<Store> {
+    let mut all = vec![("cache_buffer_capacity_gb", "0.004")];
+    all.extend(extra);
+    store_in(directory, &all)
 }
 
 fn spawn(role: &str, directory: &Path, seed: u64, seconds: u64) -> Child {
@@ -90,7 +85,7 @@ fn save_until_killed(directory: &Path, seed: u64) {
     if layerwise {
         extra.push(("shard_size", "8192"));
     }
-    let store = store_in(directory, &extra);
+    let store = small_store(directory, &extra);
     let mut random = Random(seed * 2 + 1);
     let mut next = seed << 20;
     let mut out = std::io::stdout();
@@ -146,7 +141,7 @@ fn a_saver_killed_fifty_times_loses_nothing_it_acknowledged() {
             }
         }
         killer.join().unwrap();
-        let store = store_in(directory.path(), &[]);
+        let store = small_store(directory.path(), &[]);
         // A line may be cut by the kill: its number is then of another block, which is checked all the same.
         for chunk in news.chunks(32) {
             let failed = load_blocks(&store, chunk, BLOCK);
@@ -158,7 +153,7 @@ fn a_saver_killed_fifty_times_loses_nothing_it_acknowledged() {
     }
     println!("{KILLS} kills, {} blocks acknowledged", persisted.len());
     assert!(persisted.len() > 100, "the children hardly saved: {}", persisted.len());
-    let store = store_in(directory.path(), &[]);
+    let store = small_store(directory.path(), &[]);
     for chunk in persisted.chunks(64) {
         assert_eq!(load_blocks(&store, chunk, BLOCK), []);
     }
@@ -198,7 +193,7 @@ const LENGTH: u64 = 30;
 
 fn write_at_random(directory: &Path, seed: u64, until: Instant) {
     let layerwise = seed % 2 == 1;
-    let store = store_in(directory, if layerwise { &[("shard_size", "8192")] } else { &[] });
+    let store = small_store(directory, if layerwise { &[("shard_size", "8192")] } else { &[] });
     let mut random = Random(seed + 77);
     let mut saved = 0;
     while Instant::now() < until {
@@ -246,7 +241,7 @@ fn load_whole(store: &Store, numbers: &[u64], layerwise: bool) -> usize {
 
 fn read_at_random(directory: &Path, seed: u64, until: Instant) {
     let store =
-        store_in(directory, if seed % 2 == 1 { &[("store_pipeline", "Posix")] } else { &[] });
+        small_store(directory, if seed % 2 == 1 { &[("store_pipeline", "Posix")] } else { &[] });
     let mut random = Random(seed + 991);
     let mut known: HashSet<u64> = HashSet::new();
     let (mut loaded, mut descriptors, mut memory) = (0, 0, 0);

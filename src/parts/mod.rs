@@ -15,7 +15,6 @@
 
 #![forbid(unsafe_code)]
 
-mod hold;
 mod load;
 mod save;
 mod shards;
@@ -32,7 +31,7 @@ use crate::cache::slots::Slots;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
 use crate::posix::Found;
-use crate::task::{Kind, Task};
+use crate::task::Task;
 pub(crate) use load::Accepted;
 use shards::ShardSet;
 
@@ -49,15 +48,6 @@ pub(crate) struct Unit {
 impl Unit {
     fn shard(&self) -> u32 {
         self.task.unit(self.index).shard
-    }
-
-    /// The unit's part.
-    pub(crate) fn key(&self) -> PartKey {
-        self.task.unit(self.index).key
-    }
-
-    fn is_hold(&self) -> bool {
-        self.task.kind() == Kind::Hold
     }
 
     fn is_settled(&self) -> bool {
@@ -121,9 +111,7 @@ struct Part {
     claimed: ShardSet,
     /// Shards that are in the slot.
     filled: ShardSet,
-    /// Numbers of the tasks that hold the part, or will when its bytes are there.
-    holders: Vec<u64>,
-    /// Loads and holds that wait for the bytes.
+    /// Loads that wait for the bytes.
     loads: Vec<Unit>,
     /// Saves whose bytes are in, waiting for PERSISTED.
     saves: Vec<Unit>,
@@ -204,8 +192,6 @@ pub(crate) struct Parts {
     save_queue: VecDeque<PartId>,
     /// Slots of parts that need more than one shard and miss some.
     partial: u32,
-    /// Parts with holders.
-    held: u32,
     watching_partial: bool,
     refusals: HashMap<PartKey, Refusal>,
     pub(crate) counts: Counts,
@@ -225,7 +211,6 @@ impl Parts {
             load_queue: VecDeque::new(),
             save_queue: VecDeque::new(),
             partial: 0,
-            held: 0,
             watching_partial: false,
             refusals: HashMap::new(),
             counts: Counts::default(),
@@ -307,7 +292,6 @@ impl Parts {
             pins: 0,
             claimed: ShardSet::new(shards),
             filled: ShardSet::new(shards),
-            holders: Vec::new(),
             loads: Vec::new(),
             saves: Vec::new(),
             gathers: Vec::new(),
@@ -340,7 +324,7 @@ impl Parts {
         let (parts, by_slot) = (&self.parts, &self.by_slot);
         let slot = self.policy.evict(|slot| {
             let part = &parts[by_slot[slot as usize] as usize];
-            part.state == State::Ready && part.pins == 0 && part.holders.is_empty()
+            part.state == State::Ready && part.pins == 0
         })?;
         let id = self.by_slot[slot as usize];
         self.counts.evictions += 1;
@@ -371,7 +355,6 @@ impl Parts {
     /// Gives up a part: nobody finds it, and its slot comes back when the last copy has let go.
     fn discard(&mut self, id: PartId, actions: &mut Vec<Action>) {
         self.unmap(id, actions);
-        self.forget_holders(id);
         let part = &mut self.parts[id as usize];
         if let (State::Ready, Some(slot)) = (part.state, part.slot) {
             self.policy.remove(slot);
@@ -391,9 +374,7 @@ impl Parts {
         let part = &mut self.parts[id as usize];
         part.state = State::Ready;
         let slot = part.slot.expect("a complete part has a slot");
-        if part.holders.is_empty() {
-            self.policy.insert(slot, ghost_key(&part.key));
-        }
+        self.policy.insert(slot, ghost_key(&part.key));
         if self.rules.keep == Keep::Cached {
             actions.push(Action::Share(part.key));
         }
