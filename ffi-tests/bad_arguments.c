@@ -79,6 +79,7 @@ static void store_and_lookup(ucm_store_t *store) {
     uint8_t found = 9;
     size_t number = 9;
     ucm_completion_t completion;
+    ucm_task_t *task = NULL;
     INVALID("NULL", ucm_store_open(NULL, &none));
     INVALID("store is NULL", ucm_store_open(good, NULL));
     INVALID("aligned", ucm_store_open(good, ODD(ucm_store_t *)));
@@ -105,6 +106,13 @@ static void store_and_lookup(ucm_store_t *store) {
     INVALID("blocks is NULL", ucm_prefetch(store, NULL, 1));
     INVALID("blocks", ucm_prefetch(store, &block, HUGE_COUNT));
     OK(ucm_prefetch(store, NULL, 0));
+    INVALID("NULL", ucm_hold(NULL, &block, 1, 0, &task));
+    INVALID("blocks is NULL", ucm_hold(store, NULL, 1, 0, &task));
+    INVALID("task is NULL", ucm_hold(store, &block, 1, 0, NULL));
+    INVALID("task", ucm_hold(store, &block, 1, 0, ODD(ucm_task_t *)));
+    INVALID("count is 0", ucm_hold(store, &block, 0, 0, &task));
+    INVALID("count", ucm_hold(store, &block, HUGE_COUNT, 0, &task));
+    CHECK(task == NULL);
     INVALID("NULL", ucm_abandon(NULL, &block, 1));
     INVALID("blocks is NULL", ucm_abandon(store, NULL, 1));
     INVALID("blocks", ucm_abandon(store, &block, HUGE_COUNT));

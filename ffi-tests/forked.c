@@ -39,6 +39,7 @@ static void child_of_an_open_store(ucm_options_t *options, ucm_store_t *store, u
     GONE(ucm_lookup(store, &block, 1, &found));
     GONE(ucm_lookup_prefix(store, &block, 1, &number));
     GONE(ucm_prefetch(store, &block, 1));
+    GONE(ucm_hold(store, &block, 1, 0, &new_task));
     GONE(ucm_abandon(store, &block, 1));
     GONE(ucm_lookup_abandoned(store, &block, 1, &found));
     GONE(ucm_save(store, &batch, &new_task));

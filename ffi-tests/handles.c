@@ -21,6 +21,7 @@ static void every_store_function_answers_closed(ucm_store_t *store) {
     GONE(ucm_lookup(store, &block, 1, &found));
     GONE(ucm_lookup_prefix(store, &block, 1, &number));
     GONE(ucm_prefetch(store, &block, 1));
+    GONE(ucm_hold(store, &block, 1, 0, &task));
     GONE(ucm_abandon(store, &block, 1));
     GONE(ucm_lookup_abandoned(store, &block, 1, &found));
     GONE(ucm_save(store, &batch, &task));

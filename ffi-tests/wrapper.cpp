@@ -99,6 +99,11 @@ void save_and_load() {
     for (unsigned i = 0; i < 3; ++i) CHECK(holds(static_cast<unsigned char *>(addresses[i]), BLOCK_BYTES, i));
     CHECK(task.cancel().ok());
 
+    ucm::Task held = store.hold(blocks).value();
+    CHECK(held.wait(ucm::Stage::Loaded).ok() && (*held.statuses(3))[1] == ucm::Status::Ok);
+    held.reset();
+    CHECK(store.hold({}).status() == ucm::Status::InvalidArgument);
+
     const std::uint32_t shards[1] = {0};
     batch.shards = shards; // one for three blocks
     CHECK(store.load(batch).status() == ucm::Status::InvalidArgument);
@@ -106,9 +111,7 @@ void save_and_load() {
     batch.addresses = ucm::Span<void *const>(addresses.data(), 2);
     CHECK(store.load(batch).status() == ucm::Status::InvalidArgument);
 
-    // A task is counted a moment after its last stage.
-    for (int i = 0; i < 1000 && store.stats()->saves_ok < 3; ++i) std::this_thread::sleep_for(10ms);
-    CHECK(store.stats()->saves_ok >= 3);
+    CHECK(store.stats()->saves_ok == 3 && store.stats()->loads_ok == 3 && store.stats()->tasks == 0);
     CHECK(store.metrics()->find("# TYPE") != std::string::npos || !store.metrics()->empty());
     CHECK(store.register_memory(addresses[0], BLOCK_BYTES).ok() && store.unregister_memory(addresses[0]).ok());
     for (void *address : addresses) free(address);

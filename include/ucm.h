@@ -118,7 +118,8 @@
 #define UCM_STAGE_PERSISTED 2
 
 /**
- * Stage of a load: the data is in place and visible to the device.
+ * Stage of a load: the data is in place and visible to the device. Stage of a hold: every block is read,
+ * verified and held.
  */
 #define UCM_STAGE_LOADED 3
 
@@ -853,12 +854,47 @@ ucm_status_t ucm_load(ucm_store_t *store,
                       ucm_task_t **task);
 
 /**
+ * Brings blocks (all parts this store owns) into the Cache tier, verified, and keeps them there until the
+ * task is freed or the store is closed: a load of a held block is then a copy from memory that does no I/O
+ * and cannot miss.
+ *
+ * Does not block. The task's one stage of interest is UCM_STAGE_LOADED: every entry is read, verified and
+ * held. Every entry has a status of its own (ucm_task_statuses); one that failed holds nothing, the others
+ * are held all the same. What the Cache tier has already is held at once, without I/O. ucm_task_cancel and
+ * the deadline end entries that are not held yet; they let go of none that is. ucm_task_free lets go of
+ * everything, at any time: of what is still being read when the read is done. A block may be held by
+ * several tasks, and goes when the last of them is freed.
+ *
+ * At most half of the arena's slots are held at a time, so that saves and other loads always find some.
+ * Entries that do not fit end with UCM_STATUS_BUSY at once. A task that is never freed holds its slots until
+ * the store is closed.
+ *
+ * @param store handle
+ * @param blocks count ids; copied before the call returns
+ * @param count 1 to UCM_ENTRIES_MAX
+ * @param timeout_ms deadline for reading, in milliseconds; 0: the store's timeout_ms; < 0: none
+ * @param task receives the handle, or NULL on failure; the caller's, to be freed with ucm_task_free
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, misaligned, count 0 or too large, no handle),
+ *         UCM_STATUS_UNSUPPORTED (store_pipeline has no Cache tier; a store with device_id -1 only looks up),
+ *         UCM_STATUS_BUSY (the queue is full), UCM_STATUS_CLOSED. What happens to entries later (NOT_FOUND,
+ *         CORRUPT, IO, BUSY, TIMEOUT, CANCELLED) is told by the task
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_hold(ucm_store_t *store,
+                      const ucm_block_id_t *blocks,
+                      size_t count,
+                      int64_t timeout_ms,
+                      ucm_task_t **task);
+
+/**
  * Tells whether a task has reached a stage.
  *
  * Does not block.
  *
  * @param task handle
- * @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads), UCM_STAGE_RELEASED
+ * @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads, holds), UCM_STAGE_RELEASED
  * @return UCM_STATUS_OK (every entry reached it), UCM_STATUS_PENDING (not yet), or
  *         the first error among the entries, once every entry has reached the stage or failed:
  *         UCM_STATUS_NOT_FOUND, UCM_STATUS_CORRUPT, UCM_STATUS_IO, UCM_STATUS_NO_SPACE, UCM_STATUS_TIMEOUT,
@@ -894,7 +930,8 @@ UCM_NODISCARD ucm_status_t ucm_task_wait(ucm_task_t *task, uint32_t stage, int64
  *
  * @param task handle of a load
  * @param stream cudaStream_t or aclrtStream; NULL: the default stream. Ignored by the host device
- * @return UCM_STATUS_OK, or the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a save)
+ * @return UCM_STATUS_OK, or the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a save
+ *         or a hold)
  * @since 0.1
  */
 UCM_NODISCARD
@@ -950,7 +987,8 @@ ucm_status_t ucm_task_cancel(ucm_task_t *task);
 
 /**
  * Frees a handle at any time; what was submitted goes on, and its memory must stay valid as if the
- * handle were still there. Completions of the task that wait to be reaped are dropped.
+ * handle were still there. Completions of the task that wait to be reaped are dropped. The task of a
+ * hold lets go of its blocks (ucm_hold).
  *
  * Does not block. NULL and handles freed before are ignored.
  *

@@ -335,7 +335,8 @@ private:
     std::int64_t milliseconds_ = -1;
 };
 
-// One submitted batch. Destroying it frees the handle; the work goes on, and so does its use of memory.
+// One submitted batch. Destroying it frees the handle; the work goes on, and so does its use of memory. The
+// task of a hold lets go of its blocks then.
 class Task : public Owner<ucm_task_t, ucm_task_free> {
 public:
     using Owner::Owner;
@@ -422,6 +423,16 @@ public:
     }
     Result<void> prefetch(Span<const BlockId> blocks) const {
         return check(ucm_prefetch(get(), blocks.data(), blocks.size()));
+    }
+
+    // Brings blocks into the Cache tier and keeps them there while the task lives: a load of them is a copy
+    // from memory. Stage LOADED: all are held. `timeout`: of the reads; 0: the store's timeout_ms, < 0: none.
+    Result<Task> hold(Span<const BlockId> blocks,
+                      std::chrono::milliseconds timeout = std::chrono::milliseconds{0}) const {
+        ucm_task_t *raw = nullptr;
+        const ucm_status_t status = ucm_hold(get(), blocks.data(), blocks.size(), timeout.count(), &raw);
+        if (status != UCM_STATUS_OK) return Error::last(status);
+        return Task(raw);
     }
 
     // Tells everybody who waits for these blocks that they will not come from here.

@@ -303,6 +303,7 @@ metrics! {
     refreshes: Counter, "ucm_refreshes_total", "Rounds of bringing the index up to date with all writers.";
     refresh_failures: Counter, "ucm_refresh_failures_total", "Times that a manifest could not be read.";
     prefetch_blocks: Counter, "ucm_prefetch_blocks_total", "Blocks that prefetch was asked for.";
+    hold_entries: StatusCounter, "ucm_hold_entries_total", "Blocks that a hold asked for, by status.";
     load_entries: StatusCounter, "ucm_load_entries_total", "Entries of load batches that ended, by status.";
     load_bytes: Counter, "ucm_load_bytes_total", "Bytes that loads brought to callers.";
     load_shared: Counter, "ucm_load_shared_total", "Loads that joined a read of the same part in flight.";
@@ -325,6 +326,7 @@ metrics! {
     slots: Gauge, "ucm_slots", "Slots of the arena; each holds one part.";
     slots_free: Gauge, "ucm_slots_free", "Slots that hold nothing.";
     slots_busy: Gauge, "ucm_slots_busy", "Slots in use by a transfer.";
+    slots_held: Gauge, "ucm_slots_held", "Slots that holds keep from eviction, or wait for.";
     parts_partial: Gauge, "ucm_parts_partial", "Parts of which some shards are saved and others awaited.";
     tasks: Gauge, "ucm_tasks", "Tasks that are not done.";
     parts_waiting: Gauge, "ucm_parts_waiting", "Parts that wait for a slot.";

@@ -8,8 +8,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -27,6 +27,8 @@ pub enum Kind {
     Save,
     /// Storage to device memory.
     Load,
+    /// Storage to the Cache tier, kept there until the task's handle is released.
+    Hold,
 }
 
 /// The points in a task's life that can be waited for. The numbers are the C ABI's.
@@ -79,6 +81,7 @@ pub struct UnitSpec {
 pub(crate) struct Plan {
     pub kind: Kind,
     pub units: Vec<UnitSpec>,
+    pub units_per_entry: usize,
     pub layout: Arc<Layout>,
     pub addresses: Vec<Address>,
     pub event: Option<CapturedEvent>,
@@ -86,6 +89,24 @@ pub(crate) struct Plan {
     pub notify: Notify,
     pub user_data: u64,
     pub tag: u64,
+}
+
+/// The store, as its tasks know it. What it counts it counts before anybody who waits for the task, polls it
+/// or reaps it learns of the event: the first three are called with the task's state locked.
+pub(crate) trait TaskOwner: Send + Sync {
+    /// Every unit is copied, or has failed, so long after submit. Called once.
+    fn copied(&self, kind: Kind, after: Duration);
+    /// Every entry has its result, so long after submit. Called once.
+    fn settled(
+        &self,
+        kind: Kind,
+        after: Duration,
+        failures: &mut dyn Iterator<Item = Option<ErrorKind>>,
+    );
+    /// Nothing of the task is left to do. Called once.
+    fn retire(&self, number: u64);
+    /// The handle of a hold was released: what it holds is to be let go.
+    fn release(&self, hold: &Task);
 }
 
 #[derive(Clone, Debug)]
@@ -113,8 +134,8 @@ struct State {
     /// What waiters were last woken for.
     milestones: Milestones,
     retired: bool,
-    copied_after: Option<Duration>,
-    settled_after: Option<Duration>,
+    told_copied: bool,
+    told_settled: bool,
 }
 
 /// What `wait_until` may wait for: its conditions depend on nothing else of the state.
@@ -149,17 +170,17 @@ pub struct Task {
     store_closed: Arc<AtomicBool>,
     freed: AtomicBool,
     started: Instant,
-    retire: Box<dyn Fn(u64) + Send + Sync>,
+    owner: Weak<dyn TaskOwner>,
 }
 
 impl Task {
-    /// A task none of whose units has begun. `retire` is called once, when nothing of it is left to do.
+    /// A task none of whose units has begun.
     pub(crate) fn new(
         number: u64,
         plan: Plan,
         completions: Arc<CompletionQueue>,
         store_closed: Arc<AtomicBool>,
-        retire: Box<dyn Fn(u64) + Send + Sync>,
+        owner: Weak<dyn TaskOwner>,
     ) -> Arc<Self> {
         let count = plan.units.len();
         Arc::new(Self {
@@ -178,15 +199,15 @@ impl Task {
                 waiters: 0,
                 milestones: Milestones::default(),
                 retired: false,
-                copied_after: None,
-                settled_after: None,
+                told_copied: false,
+                told_settled: false,
             }),
             changed: Condvar::new(),
             completions,
             store_closed,
             freed: AtomicBool::new(false),
             started: Instant::now(),
-            retire,
+            owner,
         })
     }
 
@@ -195,7 +216,7 @@ impl Task {
         self.number
     }
 
-    /// Save or load.
+    /// Save, load or hold.
     pub fn kind(&self) -> Kind {
         self.plan.kind
     }
@@ -212,7 +233,7 @@ impl Task {
 
     /// Entries of the batch.
     pub fn entry_count(&self) -> usize {
-        self.plan.units.len() / self.plan.layout.pieces().len()
+        self.plan.units.len() / self.plan.units_per_entry
     }
 
     pub(crate) fn unit_count(&self) -> usize {
@@ -246,12 +267,6 @@ impl Task {
 
     pub(crate) fn event(&self) -> Option<&CapturedEvent> {
         self.plan.event.as_ref()
-    }
-
-    /// How long after submit everything was copied, and settled.
-    pub(crate) fn times(&self) -> (Option<Duration>, Option<Duration>) {
-        let state = self.state.lock();
-        (state.copied_after, state.settled_after)
     }
 
     /// Whether the unit has its final result.
@@ -356,6 +371,10 @@ impl Task {
         if let Some(Progress::Failed(error)) = self.refuse(Stage::Loaded) {
             return Err(error);
         }
+        if self.plan.kind == Kind::Hold {
+            let text = "a hold brings nothing to a device; wait for its stage LOADED, then load";
+            return Err(Error::new(ErrorKind::InvalidArgument, text));
+        }
         self.wait_until(None, |state| match &state.error {
             Some(error) => Some(Err(error.clone())),
             None if state.unqueued == 0 => Some(Ok(state.markers.clone())),
@@ -370,16 +389,17 @@ impl Task {
         if state.unsettled > 0 {
             return None;
         }
-        let result = |phase: &Phase| match phase {
-            Phase::Settled(result) => result.clone(),
-            _ => Ok(()),
+        Some(self.entry_errors(&state).map(|error| error.cloned().map_or(Ok(()), Err)).collect())
+    }
+
+    /// The first error of each entry's units.
+    fn entry_errors<'a>(&self, state: &'a State) -> impl Iterator<Item = Option<&'a Error>> {
+        let error = |phase: &'a Phase| match phase {
+            Phase::Settled(Err(error)) => Some(error),
+            _ => None,
         };
-        let entries = state.phases.chunks(self.plan.layout.pieces().len());
-        Some(
-            entries
-                .map(|units| units.iter().map(result).find(Result::is_err).unwrap_or(Ok(())))
-                .collect(),
-        )
+        let entries = state.phases.chunks(self.plan.units_per_entry);
+        entries.map(move |units| units.iter().find_map(error))
     }
 
     /// The first error, if there is one.
@@ -394,8 +414,20 @@ impl Task {
             .then(|| Error::new(ErrorKind::Closed, "the store of this task is closed"))
     }
 
-    /// The caller no longer wants to hear of the task; its work goes on.
+    /// The caller no longer wants to hear of the task; its work goes on. A hold ends: what it holds may be
+    /// evicted from now on, and what it has not read yet when the read is done.
     pub fn release_handle(&self) {
+        if self.plan.kind == Kind::Hold {
+            // First, so that nothing is granted any more that `release` would not see.
+            self.fail(&Error::new(
+                ErrorKind::Cancelled,
+                "the hold was released before it was complete",
+            ));
+            if let Some(owner) = self.owner.upgrade() {
+                owner.release(self);
+            }
+            return;
+        }
         self.freed.store(true, Ordering::Release);
         self.completions.forget(self.plan.tag);
     }
@@ -406,12 +438,13 @@ impl Task {
         }
         let fits = match self.plan.kind {
             Kind::Save => stage != Stage::Loaded,
-            Kind::Load => matches!(stage, Stage::Loaded | Stage::Released),
+            Kind::Load | Kind::Hold => matches!(stage, Stage::Loaded | Stage::Released),
         };
         (!fits).then(|| {
             let (kind, stages) = match self.plan.kind {
                 Kind::Save => ("save", "COPIED, PERSISTED and RELEASED"),
                 Kind::Load => ("load", "LOADED and RELEASED"),
+                Kind::Hold => ("hold", "LOADED and RELEASED"),
             };
             let text = format!("stage: a {kind} has the stages {stages}, not {stage:?}");
             Progress::Failed(Error::new(ErrorKind::InvalidArgument, text))
@@ -479,29 +512,49 @@ impl Task {
         }
     }
 
-    /// Tells the completion queue, waiters and the store, each once, what the change under `state` meant. In
-    /// this order, so that whoever has waited for a stage can reap it.
+    /// Tells the store, the completion queue and waiters, each once, what the change under `state` meant. In
+    /// this order, so that whoever has waited for a stage can reap it, and whoever knows of it finds it counted.
     fn after_change(&self, mut state: parking_lot::MutexGuard<'_, State>) {
         let save = self.plan.kind == Kind::Save;
-        if state.uncopied == 0 && state.copied_after.is_none() {
-            state.copied_after = Some(self.started.elapsed());
-            if save && self.plan.notify.copied {
-                self.notify(Stage::Copied, state.copy_error.clone().map_or(Ok(()), Err));
-            }
+        let copied = state.uncopied == 0 && !std::mem::replace(&mut state.told_copied, true);
+        let settled = state.unsettled == 0 && !std::mem::replace(&mut state.told_settled, true);
+        let over = state.unsettled == 0 && state.held == 0;
+        let retired = over && !std::mem::replace(&mut state.retired, true);
+        let news = copied || settled || retired;
+        let owner = if news { self.owner.upgrade() } else { None };
+        if let Some(owner) = &owner {
+            self.tell_owner(&**owner, &state, copied, settled, retired);
         }
-        if state.unsettled == 0 && state.settled_after.is_none() {
-            state.settled_after = Some(self.started.elapsed());
-            if self.plan.notify.last {
-                let last = if save { Stage::Persisted } else { Stage::Loaded };
-                self.notify(last, state.error.clone().map_or(Ok(()), Err));
-            }
+        if copied && save && self.plan.notify.copied {
+            self.notify(Stage::Copied, state.copy_error.clone().map_or(Ok(()), Err));
+        }
+        if settled && self.plan.notify.last {
+            let last = if save { Stage::Persisted } else { Stage::Loaded };
+            self.notify(last, state.error.clone().map_or(Ok(()), Err));
         }
         self.wake(&mut state);
-        let over = state.unsettled == 0 && state.held == 0;
-        let retire = over && !std::mem::replace(&mut state.retired, true);
+        // Before the owner, which may be the last thing that keeps the store's threads alive.
         drop(state);
-        if retire {
-            (self.retire)(self.number);
+    }
+
+    fn tell_owner(
+        &self,
+        owner: &dyn TaskOwner,
+        state: &State,
+        copied: bool,
+        settled: bool,
+        retired: bool,
+    ) {
+        let (kind, after) = (self.plan.kind, self.started.elapsed());
+        if copied {
+            owner.copied(kind, after);
+        }
+        if settled {
+            let failures = self.entry_errors(state);
+            owner.settled(kind, after, &mut failures.map(|error| error.map(Error::kind)));
+        }
+        if retired {
+            owner.retire(self.number);
         }
     }
 

@@ -201,21 +201,6 @@ fn saving_what_is_present_costs_no_io() {
     }
 }
 
-/// Overwrites bytes of every segment at each place where block `number`'s first bytes are found.
-fn damage(directory: &Path, number: u64) {
-    let needle: Vec<u8> = (0..64).map(|at| expected(number, at)).collect();
-    let mut hits = 0;
-    for path in files(directory, "segments") {
-        let mut bytes = std::fs::read(&path).unwrap();
-        if let Some(at) = bytes.windows(64).position(|window| window == needle) {
-            bytes[at + 5] ^= 1;
-            std::fs::write(&path, bytes).unwrap();
-            hits += 1;
-        }
-    }
-    assert_eq!(hits, 1, "block {number} is on storage once");
-}
-
 /// Goal: a damaged block is CORRUPT, its neighbours load, lookup stops promising it, and it can be saved anew.
 #[test]
 fn a_damaged_block_is_corrupt_and_can_be_saved_again() {
@@ -325,7 +310,7 @@ fn prefetched_blocks_are_loaded_from_dram() {
     reader.prefetch(&[id(1), id(2), id(3), id(4)]).unwrap();
     let until = Instant::now() + Duration::from_secs(10);
     while reader.stats().unwrap().slots_used < 3
-        || reader.metrics().unwrap().contains("ucm_slots_busy 3")
+        || !reader.metrics().unwrap().contains("\nucm_slots_busy 0\n")
     {
         assert!(Instant::now() < until, "prefetch never came");
         std::thread::sleep(Duration::from_millis(5));

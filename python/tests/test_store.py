@@ -242,3 +242,35 @@ def test_metrics(tmp_path: Path) -> None:
     with ucm.Store(**options(tmp_path)) as store:
         text = store.metrics()
         assert "# TYPE" in text
+
+
+def test_held_blocks_stay_until_the_task_is_freed(tmp_path: Path) -> None:
+    """A hold has a status per block, keeps blocks in DRAM under pressure, and ends with its task."""
+    count = 400
+    memory = pages(1)
+    addresses = np.broadcast_to(table(memory), (count, SLICES)).copy()
+    with ucm.Store(**options(tmp_path)) as store:
+        ids = store.hash_tokens(range(count * BLOCK_TOKENS), BLOCK_TOKENS)
+        for first in range(0, count, 100):
+            store.save(ids[first : first + 100], addresses[first : first + 100]).wait()
+    with ucm.Store(**options(tmp_path)) as store:
+        held = store.hold(ids[:4])
+        held.wait()
+        assert held.statuses().tolist() == [errors.Status.OK] * 4
+        for first in range(4, count, 99):
+            store.load(ids[first : first + 99], addresses[: len(ids[first : first + 99])]).wait()
+        text = store.metrics()
+        assert "\nucm_slots_held 4\n" in text
+        misses = int(text.split("\nucm_cache_misses_total ")[1].split("\n")[0])
+        assert misses == count - 4
+        store.load(ids[:4], addresses[:4]).wait()
+        assert f"\nucm_cache_misses_total {misses}\n" in store.metrics()
+        held.free()
+        assert "\nucm_slots_held 0\n" in store.metrics()
+        partly = store.hold([bytes(ids[0]), b"\x01" * 16], timeout=20)
+        with pytest.raises(errors.UcmError):
+            partly.wait()
+        assert partly.statuses().tolist() == [errors.Status.OK, errors.Status.NOT_FOUND]
+    with ucm.Store(**options(tmp_path, store_pipeline="Posix")) as store:
+        with pytest.raises(errors.UcmError, match="store_pipeline"):
+            store.hold(ids[:1])

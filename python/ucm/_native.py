@@ -105,6 +105,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 _OPTIONAL: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # Added to the ABI after its first listing; absent from an older library.
     "ucm_abandon": (_STATUS, (_PTR, _PTR, C.c_size_t)),
+    "ucm_hold": (_STATUS, (_PTR, _PTR, C.c_size_t, C.c_int64, _OUT)),
     "ucm_lookup_abandoned": (_STATUS, (_PTR, _PTR, C.c_size_t, _PTR)),
 }
 

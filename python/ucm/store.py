@@ -120,7 +120,7 @@ class Options:
 
 
 class Task:
-    """A save or a load that is under way. Dropping it does not stop it.
+    """A save or a load that is under way, or a hold. Dropping it does not stop a save or a load; it ends a hold.
 
     It keeps the tensors it was given alive until it is dropped.
     """
@@ -275,6 +275,22 @@ class Store:
         """A hint: bring blocks into the Cache tier."""
         array = block_ids(ids)
         check(self._lib.ucm_prefetch(self._handle, pointer(array), len(array)))
+
+    def hold(self, ids: Any, timeout: float | None = None) -> Task:
+        """Brings blocks into the Cache tier and keeps them there until the task is freed or dropped.
+
+        Stage LOADED (``task.wait()``): every block is held, and a load of it is a copy from memory that
+        cannot miss. ``timeout``: seconds for the reads; None: the store's. Blocks that do not fit into the
+        half of the arena that may be held fail with BUSY (``task.statuses()``). ``task.free()`` lets go.
+        """
+        if not _native.has("ucm_hold"):
+            raise error_for(Status.UNSUPPORTED, "this libucm.so is too old to hold blocks")
+        array = block_ids(ids)
+        timeout_ms = 0 if timeout is None else max(1, int(timeout * 1000))
+        handle = C.c_void_p()
+        check(self._lib.ucm_hold(self._handle, pointer(array), len(array), timeout_ms, C.byref(handle)))
+        assert handle.value is not None
+        return Task(self, handle.value, len(array), Stage.LOADED, 0, None)
 
     def refresh(self, timeout: float | None = None) -> None:
         """Brings the index up to date with all writers."""

@@ -1,4 +1,4 @@
-//! `ucm_batch_t`: save and load.
+//! `ucm_batch_t`: save and load; and hold, which needs no batch.
 
 use std::ffi::c_void;
 
@@ -233,4 +233,59 @@ pub unsafe extern "C" fn ucm_load(
 ) -> ucm_status_t {
     // SAFETY: the caller keeps the contract above.
     enter(|| unsafe { submit(Way::Load, store, batch, task) })
+}
+
+/// Brings blocks (all parts this store owns) into the Cache tier, verified, and keeps them there until the
+/// task is freed or the store is closed: a load of a held block is then a copy from memory that does no I/O
+/// and cannot miss.
+///
+/// Does not block. The task's one stage of interest is UCM_STAGE_LOADED: every entry is read, verified and
+/// held. Every entry has a status of its own (ucm_task_statuses); one that failed holds nothing, the others
+/// are held all the same. What the Cache tier has already is held at once, without I/O. ucm_task_cancel and
+/// the deadline end entries that are not held yet; they let go of none that is. ucm_task_free lets go of
+/// everything, at any time: of what is still being read when the read is done. A block may be held by
+/// several tasks, and goes when the last of them is freed.
+///
+/// At most half of the arena's slots are held at a time, so that saves and other loads always find some.
+/// Entries that do not fit end with UCM_STATUS_BUSY at once. A task that is never freed holds its slots until
+/// the store is closed.
+///
+/// @param store handle
+/// @param blocks count ids; copied before the call returns
+/// @param count 1 to UCM_ENTRIES_MAX
+/// @param timeout_ms deadline for reading, in milliseconds; 0: the store's timeout_ms; < 0: none
+/// @param task receives the handle, or NULL on failure; the caller's, to be freed with ucm_task_free
+/// @return UCM_STATUS_OK, or
+///         UCM_STATUS_INVALID_ARGUMENT (NULL, misaligned, count 0 or too large, no handle),
+///         UCM_STATUS_UNSUPPORTED (store_pipeline has no Cache tier; a store with device_id -1 only looks up),
+///         UCM_STATUS_BUSY (the queue is full), UCM_STATUS_CLOSED. What happens to entries later (NOT_FOUND,
+///         CORRUPT, IO, BUSY, TIMEOUT, CANCELLED) is told by the task
+/// @since 0.1
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn ucm_hold(
+    store: *mut ucm_store_t,
+    blocks: *const ucm_block_id_t,
+    count: usize,
+    timeout_ms: i64,
+    task: *mut *mut ucm_task_t,
+) -> ucm_status_t {
+    enter(|| {
+        check("task", task)?;
+        // SAFETY: checked; the caller vouches for it, here and below.
+        unsafe { put(task, std::ptr::null_mut()) };
+        let handle = Token::from_pointer(store);
+        let store = store_of(store)?;
+        if count == 0 {
+            return Err(invalid("count is 0; a hold has at least one block"));
+        }
+        check_count("count", count, UCM_ENTRIES_MAX)?;
+        // SAFETY: the caller vouches for the array.
+        let blocks = unsafe { block_ids(blocks, count)? };
+        let reserved = Reserved::new(handle)?;
+        let held = store.hold(blocks, timeout_ms)?;
+        // SAFETY: as above.
+        unsafe { put(task, reserved.fill(held).to_pointer()) };
+        Ok(())
+    })
 }

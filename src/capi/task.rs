@@ -24,7 +24,8 @@ pub const UCM_STAGE_COPIED: u32 = 1;
 /// Stage of a save: any process can load the blocks. With layer-wise shards it comes when all shards of
 /// the part are in.
 pub const UCM_STAGE_PERSISTED: u32 = 2;
-/// Stage of a load: the data is in place and visible to the device.
+/// Stage of a load: the data is in place and visible to the device. Stage of a hold: every block is read,
+/// verified and held.
 pub const UCM_STAGE_LOADED: u32 = 3;
 /// Stage of every task: engine, kernel and device never touch the batch's memory again. UCM_STATUS_TIMEOUT
 /// and UCM_STATUS_CANCELLED do not imply it.
@@ -122,7 +123,7 @@ fn answer(progress: Progress) -> Result<ucm_status_t> {
 /// Does not block.
 ///
 /// @param task handle
-/// @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads), UCM_STAGE_RELEASED
+/// @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads, holds), UCM_STAGE_RELEASED
 /// @return UCM_STATUS_OK (every entry reached it), UCM_STATUS_PENDING (not yet), or
 ///         the first error among the entries, once every entry has reached the stage or failed:
 ///         UCM_STATUS_NOT_FOUND, UCM_STATUS_CORRUPT, UCM_STATUS_IO, UCM_STATUS_NO_SPACE, UCM_STATUS_TIMEOUT,
@@ -171,7 +172,8 @@ pub unsafe extern "C" fn ucm_task_wait(
 ///
 /// @param task handle of a load
 /// @param stream cudaStream_t or aclrtStream; NULL: the default stream. Ignored by the host device
-/// @return UCM_STATUS_OK, or the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a save)
+/// @return UCM_STATUS_OK, or the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a save
+///         or a hold)
 /// @since 0.1
 #[unsafe(no_mangle)]
 #[must_use]
@@ -270,7 +272,8 @@ pub unsafe extern "C" fn ucm_task_cancel(task: *mut ucm_task_t) -> ucm_status_t 
 }
 
 /// Frees a handle at any time; what was submitted goes on, and its memory must stay valid as if the
-/// handle were still there. Completions of the task that wait to be reaped are dropped.
+/// handle were still there. Completions of the task that wait to be reaped are dropped. The task of a
+/// hold lets go of its blocks (ucm_hold).
 ///
 /// Does not block. NULL and handles freed before are ignored.
 ///

@@ -90,7 +90,10 @@ impl Parts {
     pub(crate) fn verified(&mut self, id: PartId, actions: &mut Vec<Action>) {
         self.settle_in(id, actions);
         for unit in std::mem::take(&mut self.parts[id as usize].loads) {
-            self.scatter(id, unit, actions);
+            match unit.is_hold() {
+                true => self.grant(id, unit, actions),
+                false => self.scatter(id, unit, actions),
+            }
         }
         self.release_if_done(id, actions);
         self.pump(actions);
@@ -103,8 +106,8 @@ impl Parts {
         error: &Error,
         actions: &mut Vec<Action>,
     ) -> Vec<Unit> {
+        self.drop_settled(id);
         let part = &mut self.parts[id as usize];
-        part.loads.retain(|unit| !unit.is_settled());
         if error.kind() == ErrorKind::Timeout && !part.loads.is_empty() {
             // The read had the deadline of others, who have gone; these have time left.
             self.start_read(id, actions);

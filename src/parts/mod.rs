@@ -15,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+mod hold;
 mod load;
 mod save;
 mod shards;
@@ -31,7 +32,7 @@ use crate::cache::slots::Slots;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
 use crate::posix::Found;
-use crate::task::Task;
+use crate::task::{Kind, Task};
 pub(crate) use load::Accepted;
 use shards::ShardSet;
 
@@ -48,6 +49,15 @@ pub(crate) struct Unit {
 impl Unit {
     fn shard(&self) -> u32 {
         self.task.unit(self.index).shard
+    }
+
+    /// The unit's part.
+    pub(crate) fn key(&self) -> PartKey {
+        self.task.unit(self.index).key
+    }
+
+    fn is_hold(&self) -> bool {
+        self.task.kind() == Kind::Hold
     }
 
     fn is_settled(&self) -> bool {
@@ -111,7 +121,9 @@ struct Part {
     claimed: ShardSet,
     /// Shards that are in the slot.
     filled: ShardSet,
-    /// Loads that wait for the bytes.
+    /// Numbers of the tasks that hold the part, or will when its bytes are there.
+    holders: Vec<u64>,
+    /// Loads and holds that wait for the bytes.
     loads: Vec<Unit>,
     /// Saves whose bytes are in, waiting for PERSISTED.
     saves: Vec<Unit>,
@@ -192,6 +204,8 @@ pub(crate) struct Parts {
     save_queue: VecDeque<PartId>,
     /// Slots of parts that need more than one shard and miss some.
     partial: u32,
+    /// Parts with holders.
+    held: u32,
     watching_partial: bool,
     refusals: HashMap<PartKey, Refusal>,
     pub(crate) counts: Counts,
@@ -211,6 +225,7 @@ impl Parts {
             load_queue: VecDeque::new(),
             save_queue: VecDeque::new(),
             partial: 0,
+            held: 0,
             watching_partial: false,
             refusals: HashMap::new(),
             counts: Counts::default(),
@@ -292,6 +307,7 @@ impl Parts {
             pins: 0,
             claimed: ShardSet::new(shards),
             filled: ShardSet::new(shards),
+            holders: Vec::new(),
             loads: Vec::new(),
             saves: Vec::new(),
             gathers: Vec::new(),
@@ -324,7 +340,7 @@ impl Parts {
         let (parts, by_slot) = (&self.parts, &self.by_slot);
         let slot = self.policy.evict(|slot| {
             let part = &parts[by_slot[slot as usize] as usize];
-            part.state == State::Ready && part.pins == 0
+            part.state == State::Ready && part.pins == 0 && part.holders.is_empty()
         })?;
         let id = self.by_slot[slot as usize];
         self.counts.evictions += 1;
@@ -355,6 +371,7 @@ impl Parts {
     /// Gives up a part: nobody finds it, and its slot comes back when the last copy has let go.
     fn discard(&mut self, id: PartId, actions: &mut Vec<Action>) {
         self.unmap(id, actions);
+        self.forget_holders(id);
         let part = &mut self.parts[id as usize];
         if let (State::Ready, Some(slot)) = (part.state, part.slot) {
             self.policy.remove(slot);
@@ -374,7 +391,9 @@ impl Parts {
         let part = &mut self.parts[id as usize];
         part.state = State::Ready;
         let slot = part.slot.expect("a complete part has a slot");
-        self.policy.insert(slot, ghost_key(&part.key));
+        if part.holders.is_empty() {
+            self.policy.insert(slot, ghost_key(&part.key));
+        }
         if self.rules.keep == Keep::Cached {
             actions.push(Action::Share(part.key));
         }

@@ -115,7 +115,7 @@ impl Parts {
     }
 
     pub(super) fn may_start_partial(&self) -> bool {
-        self.partial < (self.rules.slots / 2).max(1)
+        self.partial < ((self.rules.slots - self.held) / 2).max(1)
     }
 
     /// The part has a slot: gather what waits for it.
@@ -209,7 +209,8 @@ impl Parts {
     /// The part is published, or could not be.
     pub(crate) fn stored(&mut self, id: PartId, result: &Result<()>, actions: &mut Vec<Action>) {
         self.finish_saves(id, result, actions);
-        if result.is_ok() {
+        // What is held stays in DRAM, whatever storage said: its bytes are good.
+        if result.is_ok() || !self.parts[id as usize].holders.is_empty() {
             self.settle_in(id, actions);
             self.parts[id as usize].served = self.rules.shards_per_part;
             self.release_if_done(id, actions);

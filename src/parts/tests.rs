@@ -1,7 +1,8 @@
 //! The table driven by hand and at random, with a model of the slots and of who waits.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::AtomicBool;
+use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
@@ -10,7 +11,7 @@ use crate::block::{BlockId, Geometry, SliceShape};
 use crate::completion::CompletionQueue;
 use crate::layout::Layout;
 use crate::posix::Location;
-use crate::task::{Kind, Notify, Plan, Progress, Stage};
+use crate::task::{Kind, Notify, Plan, Progress, Stage, TaskOwner};
 
 const FOUND: Found = Found { location: Location { segment: 1, page: 1 }, checksum: 7 };
 
@@ -21,6 +22,22 @@ fn rules(slots: u32, shards_per_part: u32, keep: Keep, sink: Sink) -> Rules {
 
 fn key(block: u8) -> PartKey {
     PartKey { block: BlockId([block; 16]), part: 0 }
+}
+
+/// Nobody: the tests carry out what a store would.
+struct Nobody;
+
+impl TaskOwner for Nobody {
+    fn copied(&self, _kind: Kind, _after: Duration) {}
+    fn settled(
+        &self,
+        _kind: Kind,
+        _after: Duration,
+        _failures: &mut dyn Iterator<Item = Option<ErrorKind>>,
+    ) {
+    }
+    fn retire(&self, _number: u64) {}
+    fn release(&self, _hold: &Task) {}
 }
 
 fn task(kind: Kind, block: u8, shard: u32, shards_per_part: u32) -> Arc<Task> {
@@ -36,6 +53,7 @@ fn task(kind: Kind, block: u8, shard: u32, shards_per_part: u32) -> Arc<Task> {
     let plan = Plan {
         kind,
         units: vec![layout.unit(BlockId([block; 16]), shard, 0)],
+        units_per_entry: 1,
         layout,
         addresses: vec![crate::task::Address(4096)],
         event: None,
@@ -45,7 +63,9 @@ fn task(kind: Kind, block: u8, shard: u32, shards_per_part: u32) -> Arc<Task> {
         tag: 0,
     };
     let completions = Arc::new(CompletionQueue::new().unwrap());
-    Task::new(1, plan, completions, Arc::new(AtomicBool::new(false)), Box::new(|_| {}))
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let (number, owner) = (NEXT.fetch_add(1, Ordering::Relaxed), Weak::<Nobody>::new());
+    Task::new(number, plan, completions, Arc::new(AtomicBool::new(false)), owner)
 }
 
 fn unit(task: &Arc<Task>) -> Unit {
@@ -131,6 +151,30 @@ impl Driver {
         self.take(actions);
     }
 
+    fn hold(&mut self, task: &Arc<Task>, block: u8) {
+        let (mut actions, found) = (Vec::new(), self.found(block));
+        if self.parts.hold(&[unit(task)], &[found], &mut actions) == Accepted::Unknown {
+            task.settle(0, Err(Error::new(ErrorKind::NotFound, "unknown")));
+        }
+        self.take(actions);
+    }
+
+    fn release_hold(&mut self, task: &Arc<Task>) {
+        task.release_handle();
+        let mut actions = Vec::new();
+        self.parts.release(task, &mut actions);
+        self.take(actions);
+    }
+
+    /// Loads a stored block and lets it end.
+    fn load_through(&mut self, block: u8) -> Arc<Task> {
+        self.stored.insert(key(block));
+        let task = task(Kind::Load, block, 0, 1);
+        self.load(&task, block);
+        self.drain();
+        task
+    }
+
     /// Ends the outstanding action at `index`, well or not.
     fn end(&mut self, index: usize, well: bool) {
         let mut actions = Vec::new();
@@ -174,6 +218,18 @@ impl Driver {
             _ => unreachable!("only these are outstanding"),
         }
         self.take(actions);
+    }
+
+    /// What was granted and not released is in DRAM, and the count of held parts is right.
+    fn check_holds(&self, holds: &[(u8, Arc<Task>)]) {
+        for (block, hold) in holds {
+            if matches!(hold.poll(Stage::Loaded), Progress::Done) {
+                assert!(self.parts.is_resident(&key(*block)), "a held part was given up");
+            }
+        }
+        let held = |id: &&PartId| !self.parts.parts[**id as usize].holders.is_empty();
+        assert_eq!(self.parts.map.values().filter(held).count(), self.parts.held() as usize);
+        assert!(self.parts.held() <= self.parts.rules.slots / hold::HELD_SHARE);
     }
 
     fn drain(&mut self) {
@@ -267,6 +323,123 @@ fn waiting_loads_go_before_waiting_saves() {
     assert!(matches!(save.poll(Stage::Persisted), Progress::Done));
 }
 
+/// Goal: what is held survives any number of loads of other parts, and goes like everything else once it is
+/// released.
+#[test]
+fn held_parts_are_not_evicted() {
+    let mut driver = Driver::new(rules(4, 1, Keep::Cached, Sink::Storage));
+    driver.stored.extend([key(1), key(2)]);
+    let (read, resident) = (task(Kind::Hold, 1, 0, 1), task(Kind::Hold, 2, 0, 1));
+    driver.hold(&read, 1);
+    assert!(matches!(read.poll(Stage::Loaded), Progress::Pending), "not read yet");
+    driver.drain();
+    driver.load_through(2);
+    driver.hold(&resident, 2);
+    for hold in [&read, &resident] {
+        assert!(matches!(hold.poll(Stage::Loaded), Progress::Done));
+    }
+    let misses = driver.parts.counts.misses;
+    for block in 10..60 {
+        assert!(matches!(driver.load_through(block).poll(Stage::Loaded), Progress::Done));
+    }
+    assert!(driver.parts.is_resident(&key(1)) && driver.parts.is_resident(&key(2)));
+    assert_eq!((driver.parts.held(), driver.parts.counts.misses), (2, misses + 50));
+    driver.stored.clear();
+    driver.load_through(1);
+    assert_eq!(driver.parts.counts.misses, misses + 50, "a load of a held part needs no storage");
+    for hold in [&read, &resident] {
+        driver.release_hold(hold);
+    }
+    assert_eq!(driver.parts.held(), 0);
+    (60..80).for_each(|block| drop(driver.load_through(block)));
+    assert!(!driver.parts.is_resident(&key(1)) && !driver.parts.is_resident(&key(2)));
+}
+
+/// Goal: half of the slots can be held; the next hold is refused at once, a part that is held already costs
+/// nothing, and loads go on.
+#[test]
+fn at_most_half_of_the_slots_are_held() {
+    let mut driver = Driver::new(rules(5, 1, Keep::Cached, Sink::Storage));
+    driver.stored.extend((1..9).map(key));
+    let holds: Vec<_> = (1..5).map(|block| task(Kind::Hold, block, 0, 1)).collect();
+    (1..5).zip(&holds).for_each(|(block, hold)| driver.hold(hold, block));
+    for hold in &holds[2..] {
+        assert!(
+            matches!(hold.poll(Stage::Loaded), Progress::Failed(error) if error.kind() == ErrorKind::Busy)
+        );
+    }
+    let again = task(Kind::Hold, 2, 0, 1);
+    driver.hold(&again, 2);
+    driver.drain();
+    assert!(matches!(again.poll(Stage::Loaded), Progress::Done));
+    assert!(matches!(driver.load_through(8).poll(Stage::Loaded), Progress::Done));
+    driver.release_hold(&holds[1]);
+    assert_eq!(driver.parts.held(), 2, "the other hold of the same part stands");
+    driver.release_hold(&again);
+    let late = task(Kind::Hold, 3, 0, 1);
+    driver.hold(&late, 3);
+    driver.drain();
+    assert!(matches!(late.poll(Stage::Loaded), Progress::Done));
+}
+
+/// Goal: a hold that is released, cancelled or fails while its part is read holds nothing afterwards.
+#[test]
+fn a_hold_that_ends_while_its_part_is_read_holds_nothing() {
+    for how in 0..3 {
+        let mut driver = Driver::new(rules(4, 1, Keep::Cached, Sink::Storage));
+        driver.stored.insert(key(1));
+        let hold = task(Kind::Hold, 1, 0, 1);
+        driver.hold(&hold, 1);
+        assert_eq!(driver.parts.held(), 1);
+        match how {
+            0 => driver.release_hold(&hold),
+            1 => hold.cancel(),
+            _ => driver.end(0, false),
+        }
+        assert!(matches!(hold.poll(Stage::Loaded), Progress::Failed(_)));
+        driver.drain();
+        assert_eq!(driver.parts.held(), 0, "way {how}");
+        (10..30).for_each(|block| drop(driver.load_through(block)));
+        assert!(!driver.parts.is_resident(&key(1)));
+    }
+}
+
+/// Goal: an entry of several parts is held whole or not at all.
+#[test]
+fn an_entry_is_held_with_all_its_parts_or_not_at_all() {
+    let mut driver = Driver::new(rules(3, 1, Keep::Cached, Sink::Storage));
+    let holds = [task(Kind::Hold, 1, 0, 1), task(Kind::Hold, 2, 0, 1)];
+    let units = [unit(&holds[0]), unit(&holds[1])];
+    let mut actions = Vec::new();
+    let accepted = driver.parts.hold(&units, &[Some(FOUND), None], &mut actions);
+    assert!(accepted == Accepted::Unknown && actions.is_empty() && driver.parts.is_empty());
+    driver.parts.hold(&units, &[Some(FOUND), Some(FOUND)], &mut actions);
+    driver.take(actions);
+    assert!(driver.outstanding.is_empty() && driver.parts.held() == 0);
+    for hold in &holds {
+        assert!(
+            matches!(hold.poll(Stage::Loaded), Progress::Failed(error) if error.kind() == ErrorKind::Busy)
+        );
+    }
+}
+
+/// Goal: a part that is held while it is saved stays in DRAM when storage refuses it.
+#[test]
+fn a_held_part_survives_a_failed_save() {
+    let mut driver = Driver::new(rules(4, 1, Keep::Cached, Sink::Storage));
+    let (save, hold) = (task(Kind::Save, 1, 0, 1), task(Kind::Hold, 1, 0, 1));
+    driver.save(&save, 1);
+    driver.end(0, true);
+    driver.hold(&hold, 1);
+    assert!(matches!(hold.poll(Stage::Loaded), Progress::Done));
+    driver.end(0, false);
+    assert!(matches!(save.poll(Stage::Persisted), Progress::Failed(_)));
+    assert!(driver.parts.is_resident(&key(1)));
+    driver.release_hold(&hold);
+    (10..30).for_each(|block| drop(driver.load_through(block)));
+    assert!(!driver.parts.is_resident(&key(1)));
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Save {
@@ -279,6 +452,12 @@ enum Step {
     },
     Prefetch {
         block: u8,
+    },
+    Hold {
+        block: u8,
+    },
+    Release {
+        which: usize,
     },
     Retire {
         block: u8,
@@ -301,6 +480,8 @@ fn step(shards: u32) -> impl Strategy<Value = Step> {
         3 => (0u8..12, 0..shards).prop_map(|(block, shard)| Step::Save { block, shard }),
         3 => (0u8..12, 0..shards).prop_map(|(block, shard)| Step::Load { block, shard }),
         1 => (0u8..12).prop_map(|block| Step::Prefetch { block }),
+        2 => (0u8..12).prop_map(|block| Step::Hold { block }),
+        1 => any::<usize>().prop_map(|which| Step::Release { which }),
         1 => (0u8..12).prop_map(|block| Step::Retire { block }),
         1 => (0u8..12).prop_map(|block| Step::Publish { block }),
         1 => any::<usize>().prop_map(|which| Step::Cancel { which }),
@@ -311,8 +492,8 @@ fn step(shards: u32) -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Goal: whatever the order of events, no slot is written while it is read, every unit is settled,
-    /// and every slot comes back.
+    /// Goal: whatever the order of events, no slot is written while it is read, every unit is settled, every
+    /// slot comes back, and what is held is in DRAM.
     #[test]
     fn random_events_keep_slots_apart_and_settle_everything(
         (shards, steps) in (1u32..4).prop_flat_map(|shards| (Just(shards), prop::collection::vec(step(shards), 1..120))),
@@ -324,6 +505,7 @@ proptest! {
         let sink = if stores { Sink::Storage } else { Sink::Nothing };
         let mut driver = Driver::new(rules(slots, shards, keep, sink));
         let mut tasks: Vec<Arc<Task>> = Vec::new();
+        let mut holds: Vec<(u8, Arc<Task>)> = Vec::new();
         for step in steps {
             match step {
                 Step::Save { block, shard } => {
@@ -339,6 +521,16 @@ proptest! {
                     driver.parts.prefetch(key(block), found, &mut actions);
                     driver.take(actions);
                 },
+                Step::Hold { block } => if cached {
+                    let hold = task(Kind::Hold, block, 0, shards);
+                    driver.hold(&hold, block);
+                    tasks.push(Arc::clone(&hold));
+                    holds.push((block, hold));
+                },
+                Step::Release { which } => if !holds.is_empty() {
+                    let (_, hold) = holds.swap_remove(which % holds.len());
+                    driver.release_hold(&hold);
+                },
                 Step::Retire { block } => drop(driver.stored.remove(&key(block))),
                 Step::Publish { block } => if stores {
                     driver.stored.insert(key(block));
@@ -353,6 +545,7 @@ proptest! {
             }
             let (used, all) = driver.parts.slots();
             prop_assert!(used <= all);
+            driver.check_holds(&holds);
         }
         driver.drain();
         let (mut actions, error) = (Vec::new(), Error::new(ErrorKind::Cancelled, "closing"));
@@ -365,6 +558,9 @@ proptest! {
             prop_assert!(task.is_released());
         }
         prop_assert!(!driver.parts.is_busy());
+        driver.check_holds(&holds);
+        holds.iter().for_each(|(_, hold)| driver.release_hold(hold));
+        prop_assert_eq!(driver.parts.held(), 0);
         let resident: HashSet<PartKey> = driver.parts.map.keys().copied().collect();
         prop_assert_eq!(driver.parts.slots().0 as usize, resident.len());
         if cached {

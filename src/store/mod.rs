@@ -2,12 +2,13 @@
 //!
 //! `mod.rs` is the door: it checks arguments and answers from memory. `engine.rs` carries out what the
 //! part table decides, `submit.rs` turns a batch into a task, `direct.rs` moves bytes straight between
-//! registered caller memory and the drive, `open.rs` and `close.rs` are the two ends of its life.
+//! registered caller memory and the drive, `hold.rs` keeps blocks in DRAM for a while, `open.rs` and `close.rs` are the two ends of its life.
 
 mod close;
 mod direct;
 mod engine;
 mod fresh;
+mod hold;
 mod lookup;
 mod open;
 mod regions;
@@ -91,6 +92,20 @@ impl Store {
         self.engine.check_open()?;
         self.engine.prefetch(blocks);
         Ok(())
+    }
+
+    /// Brings this store's parts of the blocks into the Cache tier, verified, and keeps them there until the
+    /// task's handle is released ([`Task::release_handle`]) or the store is closed: a load of a block that is
+    /// held is a copy from memory. Returns at once; stage LOADED says that every block is held. `timeout_ms`
+    /// as in a [`Batch`].
+    ///
+    /// Blocks that do not fit into the half of the slots that may be held fail with `Busy`, at once.
+    ///
+    /// # Errors
+    /// `Unsupported` (no Cache tier, lookup-only store), `InvalidArgument` (no blocks, or too many), `Busy`
+    /// (queues full), `Closed`. No task exists then.
+    pub fn hold(&self, blocks: &[BlockId], timeout_ms: i64) -> Result<Arc<Task>> {
+        self.engine.hold(blocks, timeout_ms)
     }
 
     /// Tells all stores that these blocks, though announced, will not be saved. Returns at once; the

@@ -1,12 +1,12 @@
 //! What the store tells of itself: numbers for programs, Prometheus text for operators.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::engine::Engine;
 use crate::error::ErrorKind;
 use crate::io::report::Report;
-use crate::task::{Kind, Task};
+use crate::task::Kind;
 
 /// Counters since open, and gauges of now.
 #[derive(Clone, Debug, Default)]
@@ -66,28 +66,48 @@ impl Engine {
         self.metrics.lookup_seconds.observe(begun.elapsed());
     }
 
-    /// A task's end.
-    pub(super) fn count_task(&self, task: &Task) {
+    /// Every unit of a task is copied, or has failed.
+    pub(super) fn count_copied(&self, kind: Kind, after: Duration) {
+        if kind == Kind::Save {
+            self.metrics.save_copied_seconds.observe(after);
+        }
+    }
+
+    /// Every entry of a task has its result.
+    pub(super) fn count_settled(
+        &self,
+        kind: Kind,
+        after: Duration,
+        failures: &mut dyn Iterator<Item = Option<ErrorKind>>,
+    ) {
         let metrics = &self.metrics;
-        let (entries, bytes) = match task.kind() {
-            Kind::Save => (&metrics.save_entries, &metrics.save_bytes),
-            Kind::Load => (&metrics.load_entries, &metrics.load_bytes),
+        let entries = match kind {
+            Kind::Save => &metrics.save_entries,
+            Kind::Load => &metrics.load_entries,
+            Kind::Hold => &metrics.hold_entries,
         };
-        for status in task.statuses().unwrap_or_default() {
-            let failure = status.err().map(|error| error.kind());
-            entries.add(failure, 1);
-            if failure.is_none() {
-                bytes.add(self.config.geometry.shard_bytes);
+        let mut good = 0;
+        for failure in failures {
+            match failure {
+                None => good += 1,
+                Some(failure) => entries.add(Some(failure), 1),
+            }
+            if kind == Kind::Hold && failure == Some(ErrorKind::Busy) {
+                metrics.busy.add(1);
             }
         }
-        let (copied, settled) = task.times();
-        let (copied, settled) = (copied.unwrap_or_default(), settled.unwrap_or_default());
-        match task.kind() {
+        entries.add(None, good);
+        let bytes = good * self.config.geometry.shard_bytes;
+        match kind {
             Kind::Save => {
-                metrics.save_copied_seconds.observe(copied);
-                metrics.save_persisted_seconds.observe(settled);
+                metrics.save_bytes.add(bytes);
+                metrics.save_persisted_seconds.observe(after);
             }
-            Kind::Load => metrics.load_seconds.observe(settled),
+            Kind::Load => {
+                metrics.load_bytes.add(bytes);
+                metrics.load_seconds.observe(after);
+            }
+            Kind::Hold => {}
         }
     }
 
@@ -130,9 +150,10 @@ impl Engine {
     /// Brings in what other rooms count, and the gauges.
     fn update_metrics(&self) {
         let metrics = &self.metrics;
-        let (counts, (used, all), busy, partial, queued) = {
+        let (counts, (used, all), busy, held, partial, queued) = {
             let parts = self.parts.lock();
-            (parts.counts, parts.slots(), parts.busy_slots(), parts.partial(), parts.queued())
+            let (busy, held) = (parts.busy_slots(), parts.held());
+            (parts.counts, parts.slots(), busy, held, parts.partial(), parts.queued())
         };
         metrics.cache_hits.raise_to(counts.hits);
         metrics.cache_misses.raise_to(counts.misses);
@@ -143,6 +164,7 @@ impl Engine {
         metrics.slots.set(u64::from(all));
         metrics.slots_free.set(u64::from(all - used));
         metrics.slots_busy.set(u64::from(busy));
+        metrics.slots_held.set(u64::from(held));
         metrics.parts_partial.set(u64::from(partial));
         metrics.parts_waiting.set(queued as u64);
         metrics.arena_bytes.set(self.arena.as_ref().map_or(0, |arena| arena.len() as u64));

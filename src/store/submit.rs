@@ -10,7 +10,7 @@ use crate::block::{BlockId, PartKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::parts::{Accepted, Action, Unit};
 use crate::posix::Tier;
-use crate::task::{Address, Kind, Notify, Plan, Task, UnitSpec};
+use crate::task::{Address, Kind, Notify, Plan, Task, TaskOwner, UnitSpec};
 
 /// Entries of one batch at most.
 pub const ENTRIES_MAX: usize = 1 << 20;
@@ -40,10 +40,7 @@ impl Engine {
     /// # Safety
     /// See [`super::Store::save`] and [`super::Store::load`].
     pub(super) unsafe fn submit(&self, kind: Kind, batch: &Batch<'_>) -> Result<Arc<Task>> {
-        self.check_open()?;
-        if let Some(error) = self.poison.get() {
-            return Err(error.clone());
-        }
+        self.check_transfers()?;
         self.check_batch(batch)?;
         let units = self.units(batch);
         self.admit(units.len())?;
@@ -53,21 +50,44 @@ impl Engine {
             // SAFETY: the caller vouches for the event.
             Some(unsafe { self.device.capture_event(batch.wait_event) }?)
         };
-        let task = self.make_task(kind, batch, units, event);
+        let addresses =
+            batch.addresses.iter().map(|address| Address(address.expose_provenance())).collect();
+        let task = self.make_task(Plan {
+            kind,
+            units,
+            units_per_entry: self.layout.pieces().len(),
+            layout: Arc::clone(&self.layout),
+            addresses,
+            event,
+            deadline: self.deadline(batch.timeout_ms),
+            notify: batch.notify,
+            user_data: batch.user_data,
+            tag: batch.tag,
+        });
         match kind {
             Kind::Save => self.save_units(&task),
             Kind::Load => self.load_units(&task),
+            Kind::Hold => unreachable!("holds have a submit of their own"),
         }
         Ok(task)
     }
 
-    fn check_batch(&self, batch: &Batch<'_>) -> Result<()> {
-        let bad = |text: String| Err(Error::new(ErrorKind::InvalidArgument, text));
+    /// Whether this store takes tasks at all.
+    pub(super) fn check_transfers(&self) -> Result<()> {
+        self.check_open()?;
+        if let Some(error) = self.poison.get() {
+            return Err(error.clone());
+        }
         if self.config.is_lookup_only() {
             let text =
                 "this store is lookup only (device_id: -1); open one with a device to save or load";
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
+        Ok(())
+    }
+
+    fn check_batch(&self, batch: &Batch<'_>) -> Result<()> {
+        let bad = |text: String| Err(Error::new(ErrorKind::InvalidArgument, text));
         let count = batch.blocks.len();
         if count == 0 || count > ENTRIES_MAX {
             return bad(format!("count: {count} entries; allowed are 1 to {ENTRIES_MAX}"));
@@ -112,7 +132,7 @@ impl Engine {
     }
 
     /// Every queue has a limit.
-    fn admit(&self, units: usize) -> Result<()> {
+    pub(super) fn admit(&self, units: usize) -> Result<()> {
         let busy = |text: String| {
             self.metrics.busy.add(1);
             Err(Error::new(ErrorKind::Busy, text))
@@ -135,48 +155,20 @@ impl Engine {
         Ok(())
     }
 
-    fn make_task(
-        &self,
-        kind: Kind,
-        batch: &Batch<'_>,
-        units: Vec<UnitSpec>,
-        event: Option<crate::device::CapturedEvent>,
-    ) -> Arc<Task> {
-        let timeout = match batch.timeout_ms {
+    /// The deadline that a caller gave, counted from now.
+    pub(super) fn deadline(&self, timeout_ms: i64) -> Option<Instant> {
+        let timeout = match timeout_ms {
             0 => Some(self.config.timeout),
             limit => u64::try_from(limit).ok().map(Duration::from_millis),
         };
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let count = units.len() as u64;
-        let plan = Plan {
-            kind,
-            units,
-            layout: Arc::clone(&self.layout),
-            addresses: batch
-                .addresses
-                .iter()
-                .map(|address| Address(address.expose_provenance()))
-                .collect(),
-            event,
-            deadline,
-            notify: batch.notify,
-            user_data: batch.user_data,
-            tag: batch.tag,
-        };
+        timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+    }
+
+    pub(super) fn make_task(&self, plan: Plan) -> Arc<Task> {
+        let (count, deadline) = (plan.units.len() as u64, plan.deadline);
         let number = self.next_task.fetch_add(1, Ordering::Relaxed);
-        let engine = self.itself.clone();
-        let retire = Box::new(move |number| {
-            if let Some(engine) = engine.upgrade() {
-                engine.retire(number);
-            }
-        });
-        let task = Task::new(
-            number,
-            plan,
-            Arc::clone(&self.completions),
-            Arc::clone(&self.closed),
-            retire,
-        );
+        let (completions, closed) = (Arc::clone(&self.completions), Arc::clone(&self.closed));
+        let task = Task::new(number, plan, completions, closed, self.itself.clone());
         self.live_units.fetch_add(count, Ordering::Relaxed);
         let mut tasks = self.tasks.lock();
         // Under the lock: an alarm that rings at once finds the task.
@@ -200,21 +192,6 @@ impl Engine {
         task.fail(&Error::new(ErrorKind::Timeout, text));
         // Those who waited behind it for a slot.
         self.event(|parts, actions| parts.pump(actions));
-    }
-
-    fn retire(&self, number: u64) {
-        let live = self.tasks.lock().remove(&number);
-        if let Some(Live { task, alarm }) = live {
-            if let Some(alarm) = alarm {
-                self.clock.cancel(alarm);
-            }
-            self.live_units.fetch_sub(task.unit_count() as u64, Ordering::Relaxed);
-            self.count_task(&task);
-        }
-        if self.closing.load(Ordering::Acquire) {
-            let _guard = self.drain_lock.lock();
-            self.drained.notify_all();
-        }
     }
 
     fn save_units(&self, task: &Arc<Task>) {
@@ -268,7 +245,27 @@ impl Engine {
             }
             unknown
         });
-        self.look_again(unknown);
+        self.look_again(unknown, Self::load_known);
+    }
+
+    /// Loads what somebody knows; returns the rest.
+    fn load_known(&self, units: Vec<Unit>) -> Vec<Unit> {
+        let found = self.find_units(&units);
+        self.event(|parts, actions| {
+            let mut unknown = Vec::new();
+            for (unit, found) in units.into_iter().zip(found) {
+                let key = unit.key();
+                if parts.load(unit.clone(), key, found, actions) == Accepted::Unknown {
+                    unknown.push(unit);
+                }
+            }
+            unknown
+        })
+    }
+
+    pub(super) fn find_units(&self, units: &[Unit]) -> Vec<Option<crate::posix::Found>> {
+        let find = |unit: &Unit| self.tier.as_ref().and_then(|tier| tier.find(&unit.key()));
+        units.iter().map(find).collect()
     }
 
     fn find_all(&self, task: &Task) -> Vec<Option<crate::posix::Found>> {
@@ -279,30 +276,16 @@ impl Engine {
         }
     }
 
-    /// Loads of parts that nobody knows: another process may have published them since the last
-    /// refresh, so there is one refresh before they are said not to be there.
-    fn look_again(&self, units: Vec<Unit>) {
+    /// Units of parts that nobody knows: another process may have published them since the last refresh, so
+    /// there is one refresh, and `again`, before they are said not to be there.
+    pub(super) fn look_again(&self, units: Vec<Unit>, again: fn(&Self, Vec<Unit>) -> Vec<Unit>) {
         if units.is_empty() {
             return;
         }
         let Some(tier) = &self.tier else { return self.settle_unknown(units) };
         let engine = self.this();
         tier.refresh(Box::new(move |_refreshed| {
-            let found: Vec<_> = units
-                .iter()
-                .map(|unit| engine.tier().find(&unit.task.unit(unit.index).key))
-                .collect();
-            let unknown = engine.event(|parts, actions| {
-                let pairs = units.into_iter().zip(found);
-                let mut unknown = Vec::new();
-                for (unit, found) in pairs {
-                    let key = unit.task.unit(unit.index).key;
-                    if parts.load(unit.clone(), key, found, actions) == Accepted::Unknown {
-                        unknown.push(unit);
-                    }
-                }
-                unknown
-            });
+            let unknown = again(&engine, units);
             engine.settle_unknown(unknown);
         }));
     }
@@ -333,5 +316,38 @@ impl Engine {
                 parts.prefetch(key, found, actions);
             }
         });
+    }
+}
+
+impl TaskOwner for Engine {
+    fn copied(&self, kind: Kind, after: Duration) {
+        self.count_copied(kind, after);
+    }
+
+    fn settled(
+        &self,
+        kind: Kind,
+        after: Duration,
+        failures: &mut dyn Iterator<Item = Option<ErrorKind>>,
+    ) {
+        self.count_settled(kind, after, failures);
+    }
+
+    fn retire(&self, number: u64) {
+        let live = self.tasks.lock().remove(&number);
+        if let Some(Live { task, alarm }) = live {
+            if let Some(alarm) = alarm {
+                self.clock.cancel(alarm);
+            }
+            self.live_units.fetch_sub(task.unit_count() as u64, Ordering::Relaxed);
+        }
+        if self.closing.load(Ordering::Acquire) {
+            let _guard = self.drain_lock.lock();
+            self.drained.notify_all();
+        }
+    }
+
+    fn release(&self, hold: &Task) {
+        self.event(|parts, actions| parts.release(hold, actions));
     }
 }

@@ -294,3 +294,18 @@ pub fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
     }
     found
 }
+
+/// Overwrites bytes of every segment at each place where block `number`'s first bytes are found.
+pub fn damage(directory: &Path, number: u64) {
+    let needle: Vec<u8> = (0..64).map(|at| expected(number, at)).collect();
+    let mut hits = 0;
+    for path in files(directory, "segments") {
+        let mut bytes = std::fs::read(&path).unwrap();
+        if let Some(at) = bytes.windows(64).position(|window| window == needle) {
+            bytes[at + 5] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            hits += 1;
+        }
+    }
+    assert_eq!(hits, 1, "block {number} is on storage once");
+}

@@ -373,7 +373,7 @@ mod tests {
         let (loads, saves) = (field.loads(Some(0.5)), field.saves());
         assert_ne!(run::data_seed(&loads), run::data_seed(&saves));
         assert_eq!(loads.arrivals().unwrap(), Some(0.5 * GB / (1 << 20) as f64));
-        assert!(saves.block_count().unwrap() * field.block_size >= SAVE_BYTES_PER_SECOND / 101);
+        assert!(saves.block_count().unwrap() * field.block_size >= SAVE_BYTES_PER_SECOND / 110);
         assert!(saves.validate().is_ok() && loads.validate().is_ok());
     }
 }
