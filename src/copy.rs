@@ -405,8 +405,12 @@ impl Worker {
         // SAFETY: the slot is pinned by the part table and the caller's memory claimed by `begin`, both
         // until the copy, which stays in `flying`, is reported by `reap`.
         if let Some(marker) = unsafe { self.stream.enqueue(&jobs) } {
-            for unit in units {
-                unit.task.enqueued(unit.index, &marker);
+            // A unit whose copy failed is left to `reap`: a stream must not wait for bytes that never come.
+            let failed = self.stream.failed();
+            for (unit, job) in units.iter().zip(&jobs) {
+                if !failed.contains(&job.ticket) {
+                    unit.task.enqueued(unit.index, &marker);
+                }
             }
         }
     }

@@ -10,7 +10,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory};
-use shards::{Pages, Worker, gathered, layout, pattern, scattered, shapes, shard_bytes};
+use shards::{
+    Pages, Worker, few_shapes, gathered, layout, pattern, scattered, shapes, shard_bytes,
+};
 use ucm::block::SliceShape;
 use ucm::config::DeviceKind;
 use ucm::device::{CapturedEvent, CopyJob, Device, Direction, Staging, open};
@@ -33,12 +35,18 @@ fn open_pinned(fake: &Fake, arena: &Pages) -> Result<Arc<dyn Device>> {
     Ok(device)
 }
 
-/// Saves a shard of every form and loads it elsewhere, twice in one call; false when any job failed.
-/// Jobs that are reported as done must have moved the right bytes.
-fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
-    let shapes = shapes();
-    let (offsets, span) = layout(&shapes);
-    let shard = shard_bytes(&shapes);
+/// Saves a shard of these slices and loads it elsewhere, twice in one call; false when any job failed.
+/// Jobs that are reported as done must have moved the right bytes, and a load for which a stream was made
+/// to wait without an error must be there when the stream has waited.
+fn round_trip(
+    fake: &Fake,
+    shapes: &[SliceShape],
+    seed: usize,
+    delay_micros: u32,
+    kernel_micros: u32,
+) -> Result<bool> {
+    let (offsets, span) = layout(shapes);
+    let shard = shard_bytes(shapes);
     let slot = shard.next_multiple_of(4096);
     let registered = fake.live()[4];
     let arena = Pages::new(4 * slot);
@@ -56,7 +64,7 @@ fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
         let stream = fake.stream();
         let event = fake.event();
         let bytes = pattern(span, seed);
-        stream.write(source.base, &bytes, 1000);
+        stream.write(source.base, &bytes, kernel_micros);
         event.record(&stream);
         // SAFETY: the event lives.
         let wait = unsafe { device.capture_event(event.event) };
@@ -74,7 +82,7 @@ fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
             direction,
             staging: arena.base.wrapping_add(slot_index * slot),
             addresses,
-            slices: &shapes,
+            slices: shapes,
             wait: None,
         };
         let saves = [
@@ -85,7 +93,7 @@ fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
         let finished = worker.finish(2);
         stream.sync();
         assert!(finished.iter().all(|f| f.staging == Staging::Free));
-        let expected = gathered(&bytes, &offsets, &shapes);
+        let expected = gathered(&bytes, &offsets, shapes);
         for done in finished.iter().filter(|f| f.result.is_ok()) {
             let at = (done.ticket as usize - 1) * slot;
             assert!(arena.read()[at..at + shard] == expected, "{:?}: wrong bytes", fake.kind());
@@ -100,16 +108,28 @@ fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
         }
         target.write(&bytes);
         let to = addresses(&target, &offsets);
-        worker.enqueue(&[job(3, 2, Direction::Scatter, &to)]);
+        let marker = worker.enqueue(&[job(3, 2, Direction::Scatter, &to)]);
+        let failed = !worker.failed().is_empty();
+        let mut expected = bytes.clone();
+        scattered(&mut expected, &fresh, &offsets, shapes);
+        // What a compute stream sees that goes on when the engine says that it may.
+        let mut seen = vec![0; span];
+        // SAFETY: the stream lives.
+        let waited =
+            marker.filter(|_| !failed).map(|m| unsafe { device.stream_wait(stream.stream, &[m]) });
+        if matches!(waited, Some(Ok(()))) {
+            stream.read(&mut seen, target.base);
+            stream.sync();
+            assert!(seen == expected, "{:?}: the stream saw wrong bytes", fake.kind());
+        }
         let finished = worker.finish(1);
         assert_eq!(finished[0].staging, Staging::Free);
         let loaded = finished[0].result.is_ok();
+        assert_ne!(loaded, failed, "{:?}: a copy's failure is known at once", fake.kind());
         if loaded {
-            let mut expected = bytes.clone();
-            scattered(&mut expected, &fresh, &offsets, &shapes);
             assert!(target.read() == expected, "{:?}: wrong bytes loaded", fake.kind());
         }
-        Ok(saved && loaded)
+        Ok(saved && loaded && waited.is_none_or(|waited| waited.is_ok()))
     })();
     drop(worker);
     device.unpin(arena.base);
@@ -126,7 +146,7 @@ fn round_trip(fake: &Fake, seed: usize, delay_micros: u32) -> Result<bool> {
 fn round_trips_are_exact() {
     for &kind in ALL {
         let fake = Fake::take(kind);
-        assert!(round_trip(&fake, 7, 300).unwrap(), "{kind:?}");
+        assert!(round_trip(&fake, &shapes(), 7, 300, 1000).unwrap(), "{kind:?}");
         fake.assert_no_leak();
         if fake.is_cuda() {
             assert_eq!(fake.depth(), 0, "a context was left on the caller's stack");
@@ -139,17 +159,14 @@ fn round_trips_are_exact() {
 #[test]
 fn each_call_fails_once() {
     const STATUS: i32 = 2;
-    // A round trip makes some hundred calls, most of them alike. Every one is failed on request; else one
-    // in so many, another one for each kind.
-    const STEP: usize = 31;
-    let step = if std::env::var_os("UCM_TEST_EXHAUSTIVE").is_some() { 1 } else { STEP };
+    let shapes = few_shapes();
     // Calibration makes thousands of like calls: it is left out.
-    for (index, &kind) in ALL.iter().filter(|kind| !kind.strategy.is_empty()).enumerate() {
+    for &kind in ALL.iter().filter(|kind| !kind.strategy.is_empty()) {
         let mut failures = 0;
-        for nth in (1 + index as i64..).step_by(step) {
+        for nth in 1.. {
             let fake = Fake::take(kind);
             fake.fail(nth, STATUS, false);
-            let result = round_trip(&fake, nth as usize, 10);
+            let result = round_trip(&fake, &shapes, nth as usize, 0, 100);
             let Some(call) = fake.failed() else {
                 assert!(result.unwrap(), "{kind:?}: fails without a failure");
                 break;
@@ -163,7 +180,7 @@ fn each_call_fails_once() {
                 assert_eq!(fake.depth(), 0, "{call}: a context was left on the caller's stack");
             }
         }
-        println!("{kind:?}: {failures} calls were failed, one in {step}");
+        println!("{kind:?}: each of {failures} calls was failed");
         assert!(failures > 0, "{kind:?}: no call was failed");
     }
 }
@@ -609,5 +626,217 @@ fn old_drivers_are_told_about() {
             if kind.device == "cuda" { "cuMemcpyBatchAsync" } else { "aclrtMemcpyBatchAsync" };
         assert!(report.fallbacks.iter().any(|text| text.contains(batch)), "{report:?}");
         assert_eq!(report.kind, kind.device);
+    }
+}
+
+/// Goal: a stream is not sent on when a load's copy has failed: neither for a job that was refused nor for
+/// one whose copy the driver refused, while its neighbours in the same call are waited for.
+#[test]
+fn streams_do_not_wait_for_failed_copies() {
+    for &kind in EACH_DRIVER {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 16);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(1 << 16);
+        let (good, null) = ([memory.base.cast()], [std::ptr::null_mut()]);
+        let slices = [SliceShape::contiguous(4096)];
+        let job = |ticket, addresses| CopyJob {
+            ticket,
+            direction: Direction::Scatter,
+            staging: arena.base,
+            addresses,
+            slices: &slices,
+            wait: None,
+        };
+        let marker = worker.enqueue(&[job(0, &good), job(1, &null)]);
+        assert!(marker.is_some());
+        assert_eq!(worker.failed(), [1]);
+        worker.finish(2);
+        fake.fail_call(if fake.is_cuda() { "cuMemcpyAsync" } else { "aclrtMemcpyAsync" }, 1, 2);
+        worker.enqueue(&[job(2, &good)]);
+        assert_eq!(worker.failed(), [2]);
+        worker.finish(1);
+        worker.enqueue(&[job(3, &good)]);
+        assert!(worker.failed().is_empty());
+        worker.finish(1);
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: pages that somebody else had pinned before stay pinned when the store is done with them.
+#[test]
+fn foreign_registrations_are_left_alone() {
+    let fake = Fake::take(ALL[0]);
+    let arena = Pages::new(1 << 16);
+    let first = open_pinned(&fake, &arena).unwrap();
+    let registered = fake.live();
+    let second = open_pinned(&fake, &arena).unwrap();
+    second.unpin(arena.base);
+    drop(second);
+    assert_eq!(fake.live(), registered);
+    first.unpin(arena.base);
+    drop(first);
+    fake.assert_no_leak();
+}
+
+/// Goal: what is known of a caller's memory is asked again after a refused call, because the caller may
+/// have freed it.
+#[test]
+fn a_refused_call_leaves_nothing_known() {
+    let fake = Fake::take(ALL[3]);
+    let arena = Pages::new(1 << 16);
+    let device = open_pinned(&fake, &arena).unwrap();
+    let mut worker = Worker::new(&*device).unwrap();
+    let memory = fake.alloc(8192);
+    let slices = vec![SliceShape::contiguous(4096); 2];
+    let (bad, good) = (
+        [memory.base.cast(), std::ptr::null_mut()],
+        [memory.base.wrapping_add(4096).cast(), memory.base.cast()],
+    );
+    let job = |addresses| CopyJob {
+        ticket: 0,
+        direction: Direction::Gather,
+        staging: arena.base,
+        addresses,
+        slices: &slices,
+        wait: None,
+    };
+    worker.enqueue(&[job(&bad)]);
+    assert!(worker.finish(1)[0].result.is_err());
+    let asked = fake.calls_of("cuMemGetAddressRange");
+    worker.enqueue(&[job(&good)]);
+    assert!(worker.finish(1)[0].result.is_ok());
+    assert!(fake.calls_of("cuMemGetAddressRange") > asked);
+    drop(worker);
+    device.unpin(arena.base);
+}
+
+/// Goal: memory of another GPU is copied by the driver, never by a kernel, which would break the context.
+#[test]
+fn memory_of_another_device_is_not_touched_by_kernels() {
+    for kind in [ALL[2], ALL[3]] {
+        let fake = Fake::take(kind);
+        let arena = Pages::new(1 << 16);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(1 << 16);
+        fake.foreign(&memory);
+        let bytes = pattern(1 << 16, 6);
+        memory.write(&bytes);
+        let slices = vec![SliceShape::contiguous(1 << 12); 16];
+        let addresses: Vec<_> =
+            (0..16).rev().map(|at| memory.base.wrapping_add(at << 12).cast()).collect();
+        worker.enqueue(&[CopyJob {
+            ticket: 1,
+            direction: Direction::Gather,
+            staging: arena.base,
+            addresses: &addresses,
+            slices: &slices,
+            wait: None,
+        }]);
+        assert!(worker.finish(1)[0].result.is_ok());
+        let expected: Vec<u8> = bytes.chunks(1 << 12).rev().flatten().copied().collect();
+        assert!(arena.read() == expected);
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: rows that lie further apart than a two-dimensional copy can say are copied one by one: K and V of
+/// one large tensor.
+#[test]
+fn rows_far_apart_are_copied() {
+    const APART: u64 = (2 << 30) + 4096;
+    for kind in ALL.iter().filter(|kind| kind.device == "cuda") {
+        let fake = Fake::take(*kind);
+        let arena = Pages::new(8192);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let mut worker = Worker::new(&*device).unwrap();
+        let memory = fake.alloc(APART as usize + 4096);
+        let shape = SliceShape { run_bytes: 4096, dimensions: vec![(2, APART)] };
+        let bytes = pattern(8192, 8);
+        for direction in [Direction::Scatter, Direction::Gather] {
+            arena.write(if direction == Direction::Scatter { &bytes } else { &[0; 8192] });
+            worker.enqueue(&[CopyJob {
+                ticket: 1,
+                direction,
+                staging: arena.base,
+                addresses: &[memory.base.cast()],
+                slices: std::slice::from_ref(&shape),
+                wait: None,
+            }]);
+            worker.finish(1).remove(0).result.unwrap();
+        }
+        assert!(arena.read() == bytes, "{kind:?}");
+        drop(worker);
+        device.unpin(arena.base);
+    }
+}
+
+/// Goal: an open that fails in the middle leaves no stream, no event and no thread behind.
+#[test]
+fn a_failed_open_leaves_nothing() {
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    for &kind in EACH_DRIVER {
+        let mut before = 0;
+        let (stream, event) = match kind.device {
+            "cuda" => ("cuStreamCreateWithPriority", "cuEventCreate"),
+            _ => ("aclrtCreateStream", "aclrtCreateEventExWithFlag"),
+        };
+        for (call, nth) in [(stream, 1), (stream, 3), (event, 1), (event, 9)] {
+            let fake = Fake::take(kind);
+            fake.fail_call(call, nth, 2);
+            let error = open(device_kind(kind), 0).err().unwrap();
+            assert!(error.to_string().contains(call), "{error}");
+            fake.assert_no_leak();
+            if before > 0 {
+                assert!(threads() <= before, "a thread is left behind");
+            }
+            before = threads();
+        }
+    }
+}
+
+/// Goal: the process may end while copies run and workers wait for them: the driver goes first, and
+/// nothing hangs or faults.
+#[test]
+fn a_process_may_end_while_copies_run() {
+    const VARIABLE: &str = "UCM_TEST_EXIT";
+    if let Ok(index) = std::env::var(VARIABLE) {
+        let fake = Fake::take(ALL[index.parse::<usize>().unwrap()]);
+        let arena = Pages::new(1 << 20);
+        let device = open_pinned(&fake, &arena).unwrap();
+        let memory = fake.alloc(1 << 20);
+        fake.hold(true);
+        let (begun, begins) = std::sync::mpsc::channel();
+        let (address, staging) = (memory.base as usize, arena.base as usize);
+        std::thread::spawn(move || {
+            let mut worker = Worker::new(&*device).unwrap();
+            worker.enqueue(&[CopyJob {
+                ticket: 1,
+                direction: Direction::Gather,
+                staging: staging as *mut u8,
+                addresses: &[address as *mut std::ffi::c_void],
+                slices: &[SliceShape::contiguous(1 << 20)],
+                wait: None,
+            }]);
+            begun.send(()).unwrap();
+            // The driver is gone before this ends; then it is a failed job like any other.
+            let finished = worker.finish(1);
+            assert!(finished[0].result.is_err());
+        });
+        begins.recv().unwrap();
+        std::process::exit(7);
+    }
+    for index in [0, 3, 6] {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_process_may_end_while_copies_run", "--nocapture"])
+            .env(VARIABLE, index.to_string())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(7), "{:?}: {text}", ALL[index]);
     }
 }

@@ -13,7 +13,7 @@
 #ifdef UCM_STUB_HEADER
 #include <cuda.h>
 #else
-typedef int CUresult, CUdevice, CUdevice_attribute, CUstreamCaptureMode, CUstreamCaptureStatus;
+typedef int CUresult, CUdevice, CUdevice_attribute, CUpointer_attribute, CUstreamCaptureMode, CUstreamCaptureStatus;
 typedef unsigned long long CUdeviceptr;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUstream_st *CUstream;
@@ -58,6 +58,8 @@ typedef struct {
 #define cuMemFree cuMemFree_v2
 #define cuMemGetAddressRange cuMemGetAddressRange_v2
 #define cuMemcpy2DAsync cuMemcpy2DAsync_v2
+#define cuMemcpyHtoD cuMemcpyHtoD_v2
+#define cuMemcpyDtoH cuMemcpyDtoH_v2
 #define cuGetProcAddress cuGetProcAddress_v2
 #endif
 
@@ -75,6 +77,7 @@ typedef struct {
 #define RELAXED 2
 #define DEVICES 2
 #define VERSION 12080
+#define PITCH_MAX 0x7fffffff
 
 struct context {
     int retained;
@@ -279,6 +282,13 @@ API cuCtxPushCurrent(CUcontext context) {
     return OK;
 }
 
+/* What programs that own their threads call instead of push and pop; the store does not. */
+API cuCtxSetCurrent(CUcontext context) {
+    depth = depth ? depth : 1;
+    stack[depth - 1] = (struct context *)context;
+    return OK;
+}
+
 /* Popping and the capture mode never fail on request: no caller could do anything about it. */
 API cuCtxPopCurrent(CUcontext *context) {
     if (!depth) {
@@ -440,6 +450,18 @@ API cuMemGetAddressRange(CUdeviceptr *base, size_t *bytes, CUdeviceptr address) 
     return OK;
 }
 
+API cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr address) {
+    ENTER_CONTEXT("cuPointerGetAttribute");
+    if (attribute != 9) {
+        stub_misuse("cuPointerGetAttribute", "attribute %d", (int)attribute);
+    }
+    if (!stub_find((void *)(uintptr_t)address, NULL, NULL)) {
+        return (CUresult)INVALID_VALUE;
+    }
+    *(int *)data = stub_is_foreign((void *)(uintptr_t)address);
+    return OK;
+}
+
 /* Memory that is not pinned is copied before the call returns, as the driver does it. */
 static CUresult transfer(const char *call, CUstream stream, const struct stub_copy *copy) {
     struct stub_stream *on = stream_of(call, stream);
@@ -463,6 +485,9 @@ API cuMemcpy2DAsync(const CUDA_MEMCPY2D *copy, CUstream stream) {
     if (copy->srcMemoryType != 4 || copy->dstMemoryType != 4 || copy->srcPitch < copy->WidthInBytes ||
         copy->dstPitch < copy->WidthInBytes) {
         stub_misuse("cuMemcpy2DAsync", "types or pitches");
+    }
+    if (copy->srcPitch > PITCH_MAX || copy->dstPitch > PITCH_MAX) {
+        return (CUresult)INVALID_VALUE;
     }
     struct stub_copy rows = {(char *)(uintptr_t)copy->dstDevice, (char *)(uintptr_t)copy->srcDevice,
                              copy->WidthInBytes, copy->Height, copy->dstPitch, copy->srcPitch};
@@ -488,6 +513,17 @@ API cuMemcpyBatchAsync(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t
     return OK;
 }
 #endif
+
+/* For programs beside the store: done when they return. */
+API cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t bytes) {
+    ucm_stub_poke((void *)(uintptr_t)to, from, bytes);
+    return OK;
+}
+
+API cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes) {
+    ucm_stub_peek(to, (void *)(uintptr_t)from, bytes);
+    return OK;
+}
 
 /* ---- kernels ---- */
 

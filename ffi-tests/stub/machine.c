@@ -15,6 +15,7 @@
 #define DEAD_MAGIC 0xdeadull
 #define RANGES_MAX 4096
 #define FILLS_MAX 256
+#define EVENTS_MAX (1 << 20)
 
 /* One lock for everything: the machine is for finding wrong order, not for speed. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -88,6 +89,14 @@ int stub_dead(void) {
     return dead_status;
 }
 
+/* A process ends with its driver: what runs on then gets this status, as cuda's DEINITIALIZED. */
+__attribute__((destructor)) static void deinitialise(void) {
+    pthread_mutex_lock(&lock);
+    dead_status = 4;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
 void ucm_stub_fail(long nth, int status, int sticky) {
     pthread_mutex_lock(&lock);
     fail_at = nth;
@@ -145,12 +154,14 @@ struct range {
     enum stub_memory kind;
     char *alias; /* where the machine reaches device memory */
     int pending; /* transfers enqueued that touch it */
+    bool foreign;
 };
 
 static struct range ranges[RANGES_MAX];
+static int ranges_used; /* all from here on were never live */
 
 static struct range *range_of(const void *address) {
-    for (int i = 0; i < RANGES_MAX; i++) {
+    for (int i = 0; i < ranges_used; i++) {
         struct range *range = &ranges[i];
         if (range->kind && (const char *)address >= range->base && (const char *)address < range->base + range->bytes) {
             return range;
@@ -162,7 +173,8 @@ static struct range *range_of(const void *address) {
 static void add_range(char *base, size_t bytes, enum stub_memory kind, char *alias) {
     for (int i = 0; i < RANGES_MAX; i++) {
         if (!ranges[i].kind) {
-            ranges[i] = (struct range){base, bytes, kind, alias, 0};
+            ranges[i] = (struct range){base, bytes, kind, alias, 0, false};
+            ranges_used = i >= ranges_used ? i + 1 : ranges_used;
             return;
         }
     }
@@ -259,6 +271,20 @@ enum stub_memory stub_find(const void *address, void **base, size_t *bytes) {
     return kind;
 }
 
+bool stub_is_foreign(const void *address) {
+    pthread_mutex_lock(&lock);
+    struct range *range = range_of(address);
+    bool foreign = range && range->foreign;
+    pthread_mutex_unlock(&lock);
+    return foreign;
+}
+
+void ucm_stub_foreign(void *base) {
+    pthread_mutex_lock(&lock);
+    range_of(base)->foreign = true;
+    pthread_mutex_unlock(&lock);
+}
+
 char *stub_reach(const void *address) {
     pthread_mutex_lock(&lock);
     struct range *range = range_of(address);
@@ -333,6 +359,7 @@ struct operation {
 struct stub_stream {
     uint64_t magic;
     pthread_t thread;
+    pthread_cond_t work; /* something was queued, or the stream destroyed */
     struct operation *first, *last;
     int queued;
     bool destroyed;
@@ -346,8 +373,9 @@ struct stub_event {
 static long live_streams, live_events;
 #define STREAMS_MAX 4096
 static struct stub_stream *streams[STREAMS_MAX];
-/* Destroyed handles stay readable, so that their use is caught. */
-static struct stub_event *events[65536];
+/* Handles are never used again, so that the use of a destroyed one is caught. */
+static struct stub_event events[EVENTS_MAX];
+static long events_made;
 
 static void release(struct token *token) {
     if (token && --token->references == 0) {
@@ -364,7 +392,7 @@ static void enqueue(struct stub_stream *stream, struct operation *operation) {
     }
     stream->last = operation;
     stream->queued++;
-    pthread_cond_broadcast(&changed);
+    pthread_cond_signal(&stream->work);
 }
 
 static struct operation *operation_new(const char *call, enum kind kind) {
@@ -374,9 +402,12 @@ static struct operation *operation_new(const char *call, enum kind kind) {
     return operation;
 }
 
+/* Each side lies in one range, or outside of all: stub_copy has made sure, and holds it. */
 static void copy_rows(const struct stub_copy *copy) {
+    char *to = stub_reach(copy->to);
+    const char *from = stub_reach(copy->from);
     for (size_t row = 0; row < copy->rows; row++) {
-        memcpy(stub_reach(copy->to + row * copy->to_pitch), stub_reach(copy->from + row * copy->from_pitch), copy->width);
+        memcpy(to + row * copy->to_pitch, from + row * copy->from_pitch, copy->width);
     }
 }
 
@@ -447,7 +478,7 @@ static void *stream_main(void *argument) {
     pthread_mutex_lock(&lock);
     for (;;) {
         while (!stream->first && !stream->destroyed) {
-            pthread_cond_wait(&changed, &lock);
+            pthread_cond_wait(&stream->work, &lock);
         }
         struct operation *operation = stream->first;
         if (!operation) {
@@ -492,6 +523,7 @@ static void *stream_main(void *argument) {
 struct stub_stream *stub_stream_new(void) {
     struct stub_stream *stream = calloc(1, sizeof *stream);
     stream->magic = STREAM_MAGIC;
+    pthread_cond_init(&stream->work, NULL);
     pthread_mutex_lock(&lock);
     live_streams++;
     for (int i = 0; i < STREAMS_MAX; i++) {
@@ -515,7 +547,7 @@ void stub_stream_destroy(const char *call, struct stub_stream *stream) {
     stub_stream_check(call, stream);
     pthread_mutex_lock(&lock);
     stream->destroyed = true;
-    pthread_cond_broadcast(&changed);
+    pthread_cond_signal(&stream->work);
     pthread_mutex_unlock(&lock);
     pthread_join(stream->thread, NULL);
     pthread_mutex_lock(&lock);
@@ -561,26 +593,22 @@ void stub_quiesce(void) {
 /* ---- events ---- */
 
 struct stub_event *stub_event_new(void) {
-    struct stub_event *event = calloc(1, sizeof *event);
-    event->magic = EVENT_MAGIC;
     pthread_mutex_lock(&lock);
-    live_events++;
-    for (size_t i = 0; i < sizeof events / sizeof *events; i++) {
-        if (!events[i]) {
-            events[i] = event;
-            break;
-        }
+    if (events_made == EVENTS_MAX) {
+        stub_misuse("event", "more than %d were made", EVENTS_MAX);
     }
+    struct stub_event *event = &events[events_made++];
+    event->magic = EVENT_MAGIC;
+    live_events++;
     pthread_mutex_unlock(&lock);
     return event;
 }
 
 bool stub_event_known(struct stub_event *event) {
-    bool known = false;
     pthread_mutex_lock(&lock);
-    for (size_t i = 0; i < sizeof events / sizeof *events && !known && events[i]; i++) {
-        known = events[i] == event && event->magic == EVENT_MAGIC;
-    }
+    uintptr_t at = (uintptr_t)event, first = (uintptr_t)events;
+    bool inside = at >= first && at < first + sizeof *events * (size_t)events_made && (at - first) % sizeof *events == 0;
+    bool known = inside && event->magic == EVENT_MAGIC;
     pthread_mutex_unlock(&lock);
     return known;
 }
@@ -675,7 +703,7 @@ void stub_kernel_move(void *to, const void *from, size_t bytes) {
     pthread_mutex_lock(&lock);
     for (int i = 0; i < 2; i++) {
         struct range *range = range_of(ends[i]);
-        if (!range || ends[i] + bytes > range->base + range->bytes) {
+        if (!range || range->foreign || ends[i] + bytes > range->base + range->bytes) {
             stub_misuse("kernel", "illegal address %p: neither device memory nor pinned", (const void *)ends[i]);
         }
         check_fills("kernel", ends[i], bytes);

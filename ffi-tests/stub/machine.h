@@ -35,6 +35,8 @@ bool stub_register(void *base, size_t bytes);
 bool stub_unregister(const char *call, void *base);
 /* The range that holds the address. */
 enum stub_memory stub_find(const void *address, void **base, size_t *bytes);
+/* Whether the memory at the address is another device's. */
+bool stub_is_foreign(const void *address);
 /* The address through which the machine reaches what the caller sees at `address`. */
 char *stub_reach(const void *address);
 
@@ -104,6 +106,8 @@ STUB_EXPORT void ucm_stub_poke(void *device, const void *from, size_t bytes);
 /* The model's own memory, streams and events, as its framework would make them. */
 STUB_EXPORT void *ucm_stub_device_alloc(size_t bytes);
 STUB_EXPORT void ucm_stub_device_free(void *base);
+/* Says that this memory is another device's: kernels of ours fault on it. */
+STUB_EXPORT void ucm_stub_foreign(void *base);
 STUB_EXPORT void *ucm_stub_stream_new(void);
 STUB_EXPORT void ucm_stub_stream_destroy(void *stream);
 STUB_EXPORT void ucm_stub_stream_sync(void *stream);

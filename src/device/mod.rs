@@ -107,7 +107,8 @@ pub trait Device: Send + Sync {
     /// `base..base + length` is mapped until `unpin` returns.
     unsafe fn pin(&self, base: *mut u8, length: usize) -> Result<()>;
 
-    /// Undoes `pin`, after all copies of that memory have ended.
+    /// Undoes `pin`, after all copies of that memory have ended. Where the driver refuses, the pages stay
+    /// pinned until the process ends; they may be unmapped all the same.
     fn unpin(&self, base: *mut u8);
 
     /// Opens one more copy stream, driven by one thread. `wake` is called when a poll would find news.
@@ -139,13 +140,20 @@ pub trait Device: Send + Sync {
 /// are still in flight, or leaks what the device may still touch.
 pub trait CopyStream: Send {
     /// Enqueues jobs, in order. The result for each job is reported by `poll`, also when enqueueing it
-    /// fails. Returns a marker that stands for all of them, where the device has such a thing; null
-    /// means that `poll` reports the jobs before anything could wait for them (host memory).
+    /// fails. Returns a marker that stands for all of them but those that `failed` names, where the device
+    /// has such a thing; null means that `poll` reports the jobs before anything could wait for them (host
+    /// memory).
     ///
     /// # Safety
     /// For every job, the staging memory (the sum of the slices' bytes) and each slice's span from its
     /// address are valid for the copy, and stay so until `poll` has reported the ticket.
     unsafe fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker>;
+
+    /// Tickets of the last `enqueue` that will end with an error: behind its marker their bytes are not
+    /// there.
+    fn failed(&self) -> &[u64] {
+        &[]
+    }
 
     /// Moves finished jobs into `finished`, without blocking.
     fn poll(&mut self, finished: &mut Vec<Finished>);

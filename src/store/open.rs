@@ -97,9 +97,10 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         Some(backends) => backends,
         None => open_backends(&config, deadline)?,
     };
-    if let Some(arena) = &arena {
-        register_arena(arena, &backends, &*device, config.register_memory)?;
-    }
+    let pinned = match &arena {
+        Some(arena) => Some(register_arena(arena, &backends, &device, config.register_memory)?),
+        None => None,
+    };
     let tier = match config.pipeline.storage {
         Storage::Posix => Some(open_tier(&config, &backends, deadline)?),
         Storage::Empty => None,
@@ -132,11 +133,41 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         device,
         config,
     });
+    // From here on closing the store unpins it.
+    if let Some(pinned) = pinned {
+        pinned.keep();
+    }
     if !engine.config.is_lookup_only() {
         let owner: Arc<dyn Owner> = Arc::clone(&engine) as Arc<dyn Owner>;
-        engine.pool.start(&*engine.device, engine.config.streams, &owner)?;
+        let started = engine.pool.start(&*engine.device, engine.config.streams, &owner);
+        if let Err(error) = started {
+            // Workers that did start hold the engine.
+            super::close::close(&engine);
+            return Err(error);
+        }
     }
     Ok(engine)
+}
+
+/// An arena that the device has pinned, while the store is being opened: an open that fails later unpins
+/// it before it is unmapped.
+struct Pinned {
+    device: Arc<dyn Device>,
+    base: Option<*mut u8>,
+}
+
+impl Pinned {
+    fn keep(mut self) {
+        self.base = None;
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Some(base) = self.base {
+            self.device.unpin(base);
+        }
+    }
 }
 
 fn rules(config: &Config) -> Rules {
@@ -234,9 +265,9 @@ fn open_backends(config: &Config, deadline: Instant) -> Result<Vec<Arc<Backend>>
 fn register_arena(
     arena: &Arena,
     backends: &[Arc<Backend>],
-    device: &dyn Device,
+    device: &Arc<dyn Device>,
     need: Facility,
-) -> Result<()> {
+) -> Result<Pinned> {
     for backend in backends.iter().filter(|_| need != Facility::Off) {
         match backend.register_memory(arena.base(), arena.len()) {
             Err(error) if need == Facility::Required => return Err(error),
@@ -255,7 +286,7 @@ fn register_arena(
             format_args!("the arena is not pinned for the device, copies are slower: {error}");
         log::once(Level::Warning, "arena pin", text);
     }
-    Ok(())
+    Ok(Pinned { device: Arc::clone(device), base: Some(arena.base()) })
 }
 
 fn open_tier(config: &Config, backends: &[Arc<Backend>], deadline: Instant) -> Result<Arc<Tier>> {

@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::ffi::{CString, c_char, c_int, c_long, c_uint, c_void};
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock};
@@ -58,14 +59,27 @@ pub const ALL: &[Kind] = &[
 /// One of each driver.
 pub const EACH_DRIVER: &[Kind] = &[ALL[0], ALL[6]];
 
-/// Where the libraries are built, once a process.
+/// Where the libraries are, built once for each state of their sources: building them takes longer than
+/// most tests.
 pub fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
-        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("fakes-{}", std::process::id()));
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let source = root.join("ffi-tests/stub");
+        let mut text = std::fs::read(root.join("src/device/cuda/copy_args.h")).unwrap();
+        for file in ["machine.h", "machine.c", "cuda.c", "ascendcl.c"] {
+            text.extend(std::fs::read(source.join(file)).unwrap());
+        }
+        let mut hasher = std::hash::DefaultHasher::new();
+        text.hash(&mut hasher);
+        let built = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("fakes-{:016x}", hasher.finish()));
+        if built.exists() {
+            return built;
+        }
+        // Built aside and renamed, so that nobody finds half of them.
+        let folder = built.with_extension(std::process::id().to_string());
         std::fs::create_dir_all(&folder).unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("ffi-tests/stub");
         for (file, main, flags) in [
             ("libcuda.so.1", "cuda.c", ""),
             ("libcuda-old.so.1", "cuda.c", "-DUCM_STUB_OLD"),
@@ -84,7 +98,9 @@ pub fn folder() -> &'static Path {
                 .unwrap_or_else(|e| panic!("{compiler}: {e}; a C compiler is needed"));
             assert!(status.success(), "{file} does not build");
         }
-        folder
+        // Another process may have been first: its libraries are as good.
+        let _ = std::fs::rename(&folder, &built);
+        built
     })
 }
 
@@ -216,6 +232,11 @@ impl Fake {
     /// Somebody resets the device (CUDA only).
     pub fn reset_device(&self) {
         call!(self, b"ucm_stub_reset_device", fn(),);
+    }
+
+    /// Says that this memory is another device's (CUDA only).
+    pub fn foreign(&self, memory: &Memory<'_>) {
+        call!(self, b"ucm_stub_foreign", fn(*mut c_void), memory.base.cast());
     }
 
     /// Undoes `reset_device` for the next test.

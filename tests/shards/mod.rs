@@ -37,6 +37,11 @@ impl Worker {
         unsafe { self.stream.as_mut().unwrap().enqueue(jobs) }
     }
 
+    /// Tickets of the last `enqueue` that will end with an error.
+    pub fn failed(&self) -> Vec<u64> {
+        self.stream.as_ref().unwrap().failed().to_vec()
+    }
+
     pub fn poll(&mut self) -> Vec<Finished> {
         let mut finished = Vec::new();
         self.stream.as_mut().unwrap().poll(&mut finished);
@@ -69,12 +74,24 @@ pub fn pattern(bytes: usize, seed: usize) -> Vec<u8> {
     (0..bytes).map(|i| ((i * 31 + seed * 77) ^ (i >> 8)) as u8).collect()
 }
 
+fn strided(run_bytes: u64, dimensions: &[(u64, u64)]) -> SliceShape {
+    SliceShape { run_bytes, dimensions: dimensions.to_vec() }
+}
+
+/// One of each form of slice, and few rows of each, so that each form takes few calls.
+pub fn few_shapes() -> Vec<SliceShape> {
+    vec![
+        SliceShape::contiguous(8 << 10),
+        SliceShape::contiguous(8 << 10),
+        SliceShape::contiguous(2001),
+        strided(256, &[(6, 512)]),
+        strided(2, &[(2, 40_000), (2, 2), (2, 300), (2, 17)]),
+        SliceShape::contiguous(1),
+    ]
+}
+
 /// Slices of every form: contiguous neighbours, strangers, rows, permuted dimensions, odd lengths.
 pub fn shapes() -> Vec<SliceShape> {
-    let strided = |run_bytes, dimensions: &[(u64, u64)]| SliceShape {
-        run_bytes,
-        dimensions: dimensions.to_vec(),
-    };
     vec![
         SliceShape::contiguous(64 << 10),
         SliceShape::contiguous(64 << 10),

@@ -218,6 +218,24 @@ impl Ascend {
         pieces: &[Piece],
     ) -> Result<(), Fault> {
         let buffer = self.stand_in(lane)?;
+        // SAFETY: passed on from the caller.
+        let copied = unsafe { self.copy_in_passes(stream, direction, buffer, pieces) };
+        if copied.is_err() {
+            // Copies of the buffer may still be under way: another one is made next time.
+            lane.stand_in = None;
+        }
+        copied
+    }
+
+    /// # Safety
+    /// As [`Ascend::copy_through`]; no copy of the buffer is under way.
+    unsafe fn copy_in_passes(
+        &self,
+        stream: Stream,
+        direction: Direction,
+        buffer: *mut u8,
+        pieces: &[Piece],
+    ) -> Result<(), Fault> {
         let mut held: Vec<(Stretch, usize)> = Vec::new();
         let mut used = 0;
         for stretch in stretches(pieces) {

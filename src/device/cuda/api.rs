@@ -35,6 +35,9 @@ pub(super) const CAPTURE_STATUS_NONE: c_int = 0;
 pub(super) const MEMORY_TYPE_UNIFIED: c_uint = 4;
 pub(super) const SRC_ACCESS_ORDER_STREAM: c_int = 1;
 pub(super) const ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 16;
+pub(super) const POINTER_DEVICE_ORDINAL: c_int = 9;
+/// The longest pitch of a two-dimensional copy (`CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every GPU so far).
+pub(super) const PITCH_MAX: u64 = i32::MAX as u64;
 const PROC_LEGACY_STREAM: u64 = 1;
 
 /// The API version whose signatures this file declares: `cuMemcpyBatchAsync` changed in 13.0.
@@ -121,6 +124,7 @@ function_table! {
     }
     optional {
         cuCtxGetId: fn(*mut c_void, *mut u64);
+        cuPointerGetAttribute: fn(*mut c_void, c_int, Address);
         cuModuleLoadData: fn(*mut *mut c_void, *const c_void);
         cuModuleUnload: fn(*mut c_void);
         cuModuleGetFunction: fn(*mut *mut c_void, *mut c_void, *const c_char);

@@ -79,6 +79,15 @@ impl Cuda {
             };
         }
         for (memory, staged) in piece.rows() {
+            if piece.strides[2] > api::PITCH_MAX {
+                for run in 0..piece.counts[2] {
+                    let from = piece.memory + (memory + run * piece.strides[2]) as usize;
+                    let to = piece.staging + (staged + run * piece.run) as usize;
+                    // SAFETY: passed on from the caller.
+                    unsafe { self.copy_bytes(stream, direction, from, to, piece.run)? };
+                }
+                continue;
+            }
             let memory_side = (piece.memory as u64 + memory, piece.strides[2].max(piece.run));
             let staging_side = (piece.staging as u64 + staged, piece.run);
             let (src, dst) = match direction {

@@ -256,7 +256,17 @@ impl Cuda {
         }
     }
 
-    /// End of the device allocation that holds `address`, or `None` for host memory.
+    /// Whether device memory is this device's: a kernel that touched another's would break the context.
+    fn owns(&self, address: usize) -> bool {
+        let Some(get) = self.api.functions.cuPointerGetAttribute else { return true };
+        let mut ordinal: c_int = -1;
+        // SAFETY: the attribute is an int, for which the place is valid; any address may be asked for.
+        let status =
+            unsafe { get((&raw mut ordinal).cast(), api::POINTER_DEVICE_ORDINAL, address as u64) };
+        status == api::SUCCESS && ordinal == self.device
+    }
+
+    /// End of the allocation of this device that holds `address`, or `None` for memory elsewhere.
     fn range_end(&self, lane: &Lane, address: usize) -> Option<usize> {
         let mut ranges = lane.ranges.borrow_mut();
         if let Some((_, end)) =
@@ -269,7 +279,7 @@ impl Cuda {
         let status = unsafe {
             (self.api.functions.cuMemGetAddressRange)(&mut base, &mut length, address as u64)
         };
-        if status != api::SUCCESS {
+        if status != api::SUCCESS || !self.owns(address) {
             return None;
         }
         if ranges.len() == RANGES_MAX {
@@ -464,6 +474,41 @@ impl Driver for Cuda {
     }
 
     fn check(&self, lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
+        self.reach_of(lane, pieces).inspect_err(|_| {
+            // No copy follows that would forget them, and the caller may free them now.
+            lane.ranges.borrow_mut().clear();
+        })
+    }
+
+    unsafe fn copy(
+        &self,
+        stream: Stream,
+        lane: &mut Lane,
+        direction: Direction,
+        pieces: &[Piece],
+        reach: Reach,
+        staging: Registration,
+    ) -> std::result::Result<(), Fault> {
+        lane.ranges.borrow_mut().clear();
+        let strategy = match (reach, staging) {
+            (Reach::Device, Registration::Pinned { .. }) => self.strategy(direction, pieces, lane),
+            _ => Strategy::Plain,
+        };
+        // SAFETY: the caller vouches for the memory; device and pinned memory were told apart above.
+        unsafe { self.copy_with(strategy, stream, lane, direction, pieces, staging) }
+    }
+}
+
+impl Cuda {
+    fn progress(&self, call: &str, status: c_int) -> std::result::Result<Progress, Fault> {
+        if status == api::ERROR_NOT_READY {
+            return Ok(Progress::Pending);
+        }
+        self.api.check(call, status).map(|()| Progress::Done)
+    }
+
+    /// What kind of memory the pieces lie in; an error where a piece is none.
+    fn reach_of(&self, lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
         let mut reach = None;
         for piece in pieces {
             let end = piece.memory.checked_add(piece.span() as usize);
@@ -503,33 +548,6 @@ impl Driver for Cuda {
             };
         }
         Ok(reach.unwrap_or(Reach::Device))
-    }
-
-    unsafe fn copy(
-        &self,
-        stream: Stream,
-        lane: &mut Lane,
-        direction: Direction,
-        pieces: &[Piece],
-        reach: Reach,
-        staging: Registration,
-    ) -> std::result::Result<(), Fault> {
-        lane.ranges.borrow_mut().clear();
-        let strategy = match (reach, staging) {
-            (Reach::Device, Registration::Pinned { .. }) => self.strategy(direction, pieces, lane),
-            _ => Strategy::Plain,
-        };
-        // SAFETY: the caller vouches for the memory; device and pinned memory were told apart above.
-        unsafe { self.copy_with(strategy, stream, lane, direction, pieces, staging) }
-    }
-}
-
-impl Cuda {
-    fn progress(&self, call: &str, status: c_int) -> std::result::Result<Progress, Fault> {
-        if status == api::ERROR_NOT_READY {
-            return Ok(Progress::Pending);
-        }
-        self.api.check(call, status).map(|()| Progress::Done)
     }
 }
 

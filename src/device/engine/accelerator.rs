@@ -178,9 +178,11 @@ impl<D: Driver> Device for Accelerator<D> {
     fn unpin(&self, base: *mut u8) {
         let mut ranges = self.shared.ranges.write();
         let Some(at) = ranges.iter().position(|range| range.base == base as usize) else { return };
-        ranges.swap_remove(at);
+        let range = ranges.swap_remove(at);
         drop(ranges);
-        if self.shared.lost().is_none()
+        // What somebody else had pinned before is theirs to unpin.
+        if range.registration != Registration::Pageable
+            && self.shared.lost().is_none()
             && let Ok(_entered) = self.shared.driver.enter()
         {
             // A refusal leaves the pages pinned until the context goes; nothing else can be done.

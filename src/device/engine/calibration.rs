@@ -176,7 +176,7 @@ impl Choices {
         // The boundary between two sizes is their geometric mean: half of their sum of logarithms.
         let nearest = RUNS
             .windows(2)
-            .position(|pair| mean_bytes * mean_bytes < pair[0] * pair[1])
+            .position(|pair| mean_bytes.saturating_mul(mean_bytes) < pair[0] * pair[1])
             .unwrap_or(RUNS.len() - 1);
         column.runs[nearest]
     }

@@ -142,6 +142,6 @@ pub(in crate::device) trait Driver: Send + Sync + Sized + 'static {
 pub(in crate::device) enum Reach {
     /// Memory of the device: engines and kernels reach it.
     Device,
-    /// Plain host memory: only the driver's general copy takes it.
+    /// Plain host memory, or another device's: only the driver's general copy takes it.
     Host,
 }

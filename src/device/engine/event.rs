@@ -15,16 +15,28 @@ const REUSE_TRIES: usize = 4;
 /// The events of one device that are not in use.
 pub(super) struct EventPool<D: Driver> {
     driver: Arc<D>,
-    free: Mutex<Vec<Event>>,
+    free: Mutex<Free>,
+}
+
+#[derive(Default)]
+struct Free {
+    events: Vec<Event>,
+    /// The device is closed: an event that comes back now is destroyed.
+    closed: bool,
 }
 
 impl<D: Driver> EventPool<D> {
     /// Makes `count` events ahead.
     pub(super) fn new(driver: Arc<D>, count: usize) -> Result<Self, Fault> {
-        let pool = Self { driver, free: Mutex::new(Vec::with_capacity(count)) };
+        let pool = Self { driver, free: Mutex::default() };
         for _ in 0..count {
-            let event = pool.driver.create_event()?;
-            pool.free.lock().push(event);
+            match pool.driver.create_event() {
+                Ok(event) => pool.free.lock().events.push(event),
+                Err(fault) => {
+                    pool.drain();
+                    return Err(fault);
+                }
+            }
         }
         Ok(pool)
     }
@@ -39,6 +51,7 @@ impl<D: Driver> EventPool<D> {
 
     fn reusable(&self) -> Option<Event> {
         let mut free = self.free.lock();
+        let free = &mut free.events;
         if D::EVENTS_REUSABLE {
             return free.pop();
         }
@@ -51,9 +64,12 @@ impl<D: Driver> EventPool<D> {
         None
     }
 
-    /// Destroys the events that are not in use. The context is current.
+    /// Destroys the events that are not in use, and from now on those that come back. The context is
+    /// current.
     pub(super) fn drain(&self) {
-        for event in self.free.lock().drain(..) {
+        let mut free = self.free.lock();
+        free.closed = true;
+        for event in free.events.drain(..) {
             self.driver.destroy_event(event);
         }
     }
@@ -73,6 +89,15 @@ impl<D: Driver> PooledEvent<D> {
 
 impl<D: Driver> Drop for PooledEvent<D> {
     fn drop(&mut self) {
-        self.pool.free.lock().push(self.event);
+        let mut free = self.pool.free.lock();
+        if !free.closed {
+            free.events.push(self.event);
+            return;
+        }
+        drop(free);
+        // A task's handle has outlived its store. Where the context is gone, its events went with it.
+        if let Ok(_entered) = self.pool.driver.enter() {
+            self.pool.driver.destroy_event(self.event);
+        }
     }
 }

@@ -37,8 +37,13 @@ impl<D: Driver> Gates<D> {
     pub(super) fn open(driver: Arc<D>, pool: Arc<EventPool<D>>) -> Result<Self, Fault> {
         let this = Self { driver, pool, gates: Mutex::new((0, Vec::with_capacity(GATES))) };
         for _ in 0..GATES {
-            let stream = this.driver.create_stream()?;
-            this.gates.lock().1.push(Gate { stream });
+            match this.driver.create_stream() {
+                Ok(stream) => this.gates.lock().1.push(Gate { stream }),
+                Err(fault) => {
+                    this.close();
+                    return Err(fault);
+                }
+            }
         }
         Ok(this)
     }

@@ -49,6 +49,8 @@ pub(super) struct CopyQueue<D: Driver> {
     waker: Arc<Waker>,
     runs: VecDeque<Run<D>>,
     finished: Vec<Finished>,
+    /// Tickets of the last enqueue whose bytes will not be there.
+    failed: Vec<u64>,
 }
 
 impl<D: Driver> CopyQueue<D> {
@@ -73,6 +75,7 @@ impl<D: Driver> CopyQueue<D> {
             waker,
             runs: VecDeque::new(),
             finished: Vec::new(),
+            failed: Vec::new(),
         })
     }
 
@@ -80,11 +83,14 @@ impl<D: Driver> CopyQueue<D> {
         self.finished.push(Finished { ticket, result, staging });
     }
 
-    /// Reports jobs of which nothing was enqueued.
-    fn refuse(&mut self, jobs: &[CopyJob<'_>], error: &Error) {
-        for job in jobs {
-            self.report(job.ticket, Err(error.clone()), Staging::Free);
-        }
+    /// Reports a job of which nothing was enqueued.
+    fn refuse(&mut self, job: &CopyJob<'_>, error: Error) {
+        self.failed.push(job.ticket);
+        self.report(job.ticket, Err(error), Staging::Free);
+    }
+
+    fn refuse_all(&mut self, jobs: &[CopyJob<'_>], error: &Error) {
+        jobs.iter().for_each(|job| self.refuse(job, error.clone()));
     }
 
     /// Enqueues a group's copies; the jobs join `jobs` either way, because some copies may be running.
@@ -102,6 +108,9 @@ impl<D: Driver> CopyQueue<D> {
             self.shared.driver.copy(self.stream, lane, direction, &pieces, reach, staging)
         };
         let result = copied.map_err(|fault| fault.error);
+        if result.is_err() {
+            self.failed.extend(&tickets);
+        }
         jobs.extend(tickets.into_iter().map(|ticket| (ticket, result.clone())));
     }
 
@@ -231,7 +240,7 @@ impl<D: Driver> CopyQueue<D> {
         let Some(lane) = &self.lane else { return };
         let reach = match self.shared.driver.check(lane, &pieces) {
             Ok(reach) => reach,
-            Err(error) => return self.report(job.ticket, Err(error), Staging::Free),
+            Err(error) => return self.refuse(job, error),
         };
         let staging = self.shared.registration(job.staging as usize, bytes as usize);
         let fits = group.as_ref().is_some_and(|group| {
@@ -257,12 +266,13 @@ impl<D: Driver> CopyQueue<D> {
 
 impl<D: Driver> CopyStream for CopyQueue<D> {
     unsafe fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker> {
+        self.failed.clear();
         if jobs.is_empty() {
             return None;
         }
         if let Some((error, _)) = self.shared.lost() {
             let error = error.clone();
-            self.refuse(jobs, &error);
+            self.refuse_all(jobs, &error);
             return None;
         }
         let driver = self.shared.driver.clone();
@@ -273,7 +283,7 @@ impl<D: Driver> CopyStream for CopyQueue<D> {
                     ContextState::Destroyed => self.shared.lose(fault).0.clone(),
                     ContextState::Unknown => fault.error,
                 };
-                self.refuse(jobs, &error);
+                self.refuse_all(jobs, &error);
                 return None;
             }
         };
@@ -288,7 +298,7 @@ impl<D: Driver> CopyStream for CopyQueue<D> {
                     unsafe { self.copy(full, &mut open) };
                 }
                 if let Err(error) = self.gate(wait) {
-                    self.report(job.ticket, Err(error), Staging::Free);
+                    self.refuse(job, error);
                     continue;
                 }
                 waited = Some(wait);
@@ -316,6 +326,10 @@ impl<D: Driver> CopyStream for CopyQueue<D> {
             self.waker.wake();
         }
         marker.map(|passed| Arc::new(passed) as Marker)
+    }
+
+    fn failed(&self) -> &[u64] {
+        &self.failed
     }
 
     fn poll(&mut self, finished: &mut Vec<Finished>) {

@@ -105,6 +105,12 @@ impl Watch {
     }
 }
 
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 fn run(state: &State, beat: Duration) {
     loop {
         let mut watched = state.wakers.lock();
