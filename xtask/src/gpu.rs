@@ -70,8 +70,47 @@ pub(crate) fn gpu_test() -> Outcome {
         )?,
         None => println!("compute-sanitizer is not on the PATH: not run"),
     }
-    run(cargo().args(["build", "--release", "--package", "ucm", "--lib"]), "cargo build")?;
-    let library = root().join("target/release/libucm.so");
+    run(cargo().args(["build", "--release", "--package", "ucm"]), "cargo build")?;
+    let built = root().join("target/release");
+    let folder = root().join("target/gpu-test");
+    // What an earlier run left; a folder that is not there is as good.
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    driver_test(&built, &folder)?;
+    run(
+        Command::new(built.join("ucm-bench"))
+            .args(["compare", "device", "--device=cuda"])
+            .arg(format!("--directory={}", folder.display())),
+        "ucm-bench compare device",
+    )?;
+    torch_test(&built)
+}
+
+/// Compiles the C++ program, which knows the driver API and `ucm.hpp` alone, and runs it.
+fn driver_test(built: &Path, folder: &Path) -> Outcome {
+    let program = folder.join("driver");
+    // The program asks for the library by its soname.
+    std::os::unix::fs::symlink(built.join("libucm.so"), folder.join("libucm.so.0"))
+        .map_err(|error| format!("{}: {error}", folder.display()))?;
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    run(
+        Command::new(compiler)
+            .args(["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-Iinclude"])
+            .args(["tests/gpu/driver.cpp", "-o"])
+            .arg(&program)
+            .arg("-L")
+            .arg(built)
+            .arg(format!("-Wl,-rpath,{}", folder.display()))
+            .args(["-lucm", "-ldl"]),
+        "the C++ compiler",
+    )?;
+    run(
+        Command::new(&program).arg(folder.join("driver-stores")).arg("tests/gpu/model.ptx"),
+        "the C++ program",
+    )
+}
+
+fn torch_test(built: &Path) -> Outcome {
     let torch = Command::new("python3")
         .args(["-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
         .status()
@@ -84,7 +123,7 @@ pub(crate) fn gpu_test() -> Outcome {
         Command::new("python3")
             .arg("tests/gpu/torch_store.py")
             .env("PYTHONPATH", root().join("python"))
-            .env("UCM_LIBRARY", library),
+            .env("UCM_LIBRARY", built.join("libucm.so")),
         "PyTorch tests",
     )
 }

@@ -23,7 +23,7 @@ const JSON_VERSION: u32 = 1;
 /// Writes between two fdatasync calls of fio, against `durability: ordered`.
 const WRITES_PER_SYNC: u32 = 256;
 /// Rounds that are not counted.
-const WARM_UP: usize = 1;
+pub const WARM_UP: usize = 1;
 
 /// The subcommand.
 pub fn command() -> Command {
@@ -64,6 +64,7 @@ pub fn command() -> Command {
         .subcommand_required(true)
         .subcommand(fio)
         .subcommand(crate::beside::command())
+        .subcommand(crate::compare_device::command())
 }
 
 /// One round of one side.

@@ -37,26 +37,24 @@ pub fn allocator(name: &str, ordinal: u32) -> Result<Option<Allocate>, String> {
     }
 }
 
-fn library(names: &[&str], remedy: &str) -> Result<Library, String> {
-    let mut last = String::new();
-    for name in names {
-        // SAFETY: a vendor's driver library; its initialisers are the vendor's word.
-        match unsafe { Library::new(*name) } {
-            Ok(library) => return Ok(library),
-            Err(error) => last = error.to_string(),
-        }
-    }
-    Err(format!("{last}; {remedy}"))
+/// Opens a driver: the file that the variable names, as the store does, else the one of this name.
+pub fn library(name: &str, variable: &str, remedy: &str) -> Result<Library, String> {
+    let path = std::env::var(variable).ok().filter(|path| !path.is_empty());
+    // SAFETY: a vendor's driver library; its initialisers are the vendor's word.
+    unsafe { Library::new(path.as_deref().unwrap_or(name)) }
+        .map_err(|error| format!("{error}; {remedy}"))
 }
 
-fn symbol<T: Copy>(library: &Library, name: &CStr) -> Result<T, String> {
+/// The function of this name.
+pub fn symbol<T: Copy>(library: &Library, name: &CStr) -> Result<T, String> {
     // SAFETY: the callers state the type that the vendor's header declares for this name.
     unsafe { library.get::<T>(name.to_bytes_with_nul()) }
         .map(|symbol| *symbol)
         .map_err(|error| error.to_string())
 }
 
-fn ok(call: &str, code: c_int) -> Result<(), String> {
+/// Turns a driver's status into a result.
+pub fn ok(call: &str, code: c_int) -> Result<(), String> {
     if code == 0 { Ok(()) } else { Err(format!("{call} failed with {code}")) }
 }
 
@@ -79,8 +77,11 @@ unsafe impl Sync for Cuda {}
 
 impl Cuda {
     fn open(ordinal: u32) -> Result<Self, String> {
-        let library =
-            library(&["libcuda.so.1"], "install the NVIDIA driver, or use --device=host")?;
+        let library = library(
+            "libcuda.so.1",
+            "UCM_CUDA_LIBRARY",
+            "install the NVIDIA driver, or use --device=host",
+        )?;
         let init: unsafe extern "C" fn(u32) -> Code = symbol(&library, c"cuInit")?;
         let get: unsafe extern "C" fn(*mut c_int, c_int) -> Code =
             symbol(&library, c"cuDeviceGet")?;
@@ -181,7 +182,8 @@ struct Ascend {
 impl Ascend {
     fn open(ordinal: u32) -> Result<Self, String> {
         let library = library(
-            &["libascendcl.so"],
+            "libascendcl.so",
+            "UCM_ASCENDCL_LIBRARY",
             "source the CANN toolkit's set_env.sh, or use --device=host",
         )?;
         let init: unsafe extern "C" fn(*const i8) -> Code = symbol(&library, c"aclInit")?;

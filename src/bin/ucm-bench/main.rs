@@ -5,6 +5,7 @@ mod beside;
 mod calls;
 mod cli;
 mod compare;
+mod compare_device;
 mod device;
 mod fio;
 mod ground;
@@ -16,6 +17,7 @@ mod meter;
 mod model;
 mod options;
 mod pattern;
+mod peak;
 mod plot;
 mod progress;
 mod random;
@@ -87,8 +89,9 @@ fn start() -> Result<ExitCode, String> {
         Some(("sweep", matches)) => sweep::main(matches, &context(matches)),
         Some(("compare", matches)) => match matches.subcommand() {
             Some(("beside", inner)) => beside::main(inner, &context(inner)),
+            Some(("device", inner)) => compare_device::main(inner, &context(inner)),
             Some((_, inner)) => compare::main(inner, &context(inner)),
-            None => Err("compare fio or compare beside".into()),
+            None => Err("compare fio, compare beside or compare device".into()),
         },
         Some(("trace", matches)) => match matches.subcommand() {
             Some(("generate", inner)) => trace::generate::main(inner),
