@@ -487,7 +487,7 @@ const BENCH_BYTES: usize = 448 << 20;
 const BENCH_BLOCKS: usize = 64;
 
 /// Goal: prints what copies reach, as a share of one large plain copy in the same run, for the table in
-/// `docs/devices.md`; fails only where a copy is wrong.
+/// `docs/performance.md`; fails only where a copy is wrong.
 #[test]
 #[ignore = "needs an NVIDIA GPU; run `cargo xtask gpu-test`"]
 fn throughput() {

@@ -178,7 +178,7 @@ pub static KEYS: &[Key] = &[
         Kind::Word(&["off", "auto", "required"]),
         "off",
         "",
-        "The direct path between drive and device memory, where the driver and the file system have it.",
+        "The direct path between drive and device memory. This version has none: `auto` uses pinned memory, `required` is an error at open.",
     ),
     Key {
         name: "stream_number",

@@ -9,6 +9,7 @@ use super::host::Host;
 use super::{ascend, cuda};
 use crate::config::{DeviceKind, Facility};
 use crate::error::{Error, ErrorKind, Result};
+use crate::log::{self, Level};
 
 /// Opens the device of a store. `auto` takes the first of CUDA and Ascend whose driver loads and shows a
 /// device, else host memory; on an accelerator, addresses of plain host memory work too.
@@ -44,9 +45,22 @@ pub fn check_gpu_direct(need: Facility) -> Result<()> {
         Facility::Required => Err(Error::new(
             ErrorKind::Unsupported,
             "gpu_direct: required, but this version of UCM has no direct path between drive and device \
-             memory; set gpu_direct: off, and transfers go through pinned memory",
+             memory: it does not use libcufile, because bytes that the drive puts into device memory would \
+             reach the model before their checksum is verified; set gpu_direct: off, and transfers go \
+             through pinned memory",
         )),
-        Facility::Auto | Facility::Off => Ok(()),
+        Facility::Auto => {
+            log::once(
+                Level::Info,
+                "gpu_direct",
+                format_args!(
+                    "gpu_direct: auto uses pinned memory; this version has no direct path between drive and \
+                     device memory"
+                ),
+            );
+            Ok(())
+        }
+        Facility::Off => Ok(()),
     }
 }
 
@@ -59,7 +73,9 @@ mod tests {
     fn a_demanded_direct_path_is_refused() {
         let error = check_gpu_direct(Facility::Required).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("gpu_direct"));
+        assert!(
+            ["gpu_direct", "libcufile", "checksum"].iter().all(|t| error.to_string().contains(t))
+        );
         assert!(
             check_gpu_direct(Facility::Auto).is_ok() && check_gpu_direct(Facility::Off).is_ok()
         );
