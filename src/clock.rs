@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::io::thread::quietly;
+
 type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
@@ -49,7 +51,7 @@ impl Clock {
         if state.thread.is_none() {
             let inner = Arc::clone(&self.0);
             let thread = std::thread::Builder::new().name("ucm-clock".into());
-            match thread.spawn(move || inner.run()) {
+            match quietly(|| thread.spawn(move || inner.run())) {
                 Ok(thread) => state.thread = Some(thread),
                 Err(error) => crate::log::warning(format_args!(
                     "no thread for deadlines: {error}; raise the limit on threads (ulimit -u)"

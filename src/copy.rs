@@ -127,9 +127,8 @@ impl CopyPool {
         let batch = if device.is_host() { BATCH_HOST } else { BATCH_DEVICE };
         for index in 0..streams {
             let worker = self.worker(device, Role::Thread { batch }, owner)?;
-            let thread = std::thread::Builder::new()
-                .name(format!("ucm-copy-{index}"))
-                .spawn(move || worker.run_to_end())
+            let builder = std::thread::Builder::new().name(format!("ucm-copy-{index}"));
+            let thread = thread::quietly(|| builder.spawn(move || worker.run_to_end()))
                 .map_err(|error| Error::io("start a copy worker", None, &error))?;
             self.workers.lock().push(thread);
         }

@@ -138,7 +138,7 @@ struct State {
     told_settled: bool,
 }
 
-/// What `wait_until` may wait for: its conditions depend on nothing else of the state.
+/// What `wait_until` may wait for: its conditions depend on nothing else of the state, but for the store's end.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Milestones {
     copied: bool,
@@ -358,11 +358,18 @@ impl Task {
         }
         self.wait_until(timeout.and_then(|timeout| Instant::now().checked_add(timeout)), |state| {
             match progress(state, stage) {
-                Progress::Pending => None,
+                Progress::Pending => self.closed().map(Progress::Failed),
                 known => Some(known),
             }
         })
         .unwrap_or(Progress::Pending)
+    }
+
+    /// The store is closed: wakes those who wait for what may never come, such as RELEASED behind a drive
+    /// that hangs. To be called after the store has said so.
+    pub(crate) fn store_is_closed(&self) {
+        let _state = self.state.lock();
+        self.changed.notify_all();
     }
 
     /// Waits until every unit of a load is verified and its copy enqueued, or one has failed; returns the
@@ -378,7 +385,7 @@ impl Task {
         self.wait_until(None, |state| match &state.error {
             Some(error) => Some(Err(error.clone())),
             None if state.unqueued == 0 => Some(Ok(state.markers.clone())),
-            None => None,
+            None => self.closed().map(Err),
         })
         .expect("a wait without a limit ends with an answer")
     }

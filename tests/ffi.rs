@@ -304,6 +304,11 @@ fn forked() {
 }
 
 #[test]
+fn signals() {
+    check("signals.c");
+}
+
+#[test]
 fn logs() {
     check("logs.c");
 }

@@ -3,13 +3,14 @@
 mod common;
 
 use std::ffi::c_void;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::*;
 use ucm::device::{CapturedEvent, CopyJob, CopyStream, Device, Finished, Marker, Staging, Wake};
-use ucm::error::{ErrorKind, Result};
+use ucm::error::{Error, ErrorKind, Result};
 use ucm::store::{Platform, Store};
 use ucm::task::{Notify, Progress, Stage};
 
@@ -107,12 +108,19 @@ fn the_sink_keeps_nothing() {
 }
 
 /// A host device whose copies take a while, in the background, like a real device's.
+#[derive(Clone, Default)]
 struct Slow {
     delay: Duration,
     copies: Arc<AtomicUsize>,
+    /// While it is held, the device takes no copies.
+    gate: Arc<Mutex<()>>,
+    /// Told when copies come to the gate.
+    at_gate: Option<Sender<usize>>,
 }
 
 struct SlowStream {
+    gate: Arc<Mutex<()>>,
+    at_gate: Option<Sender<usize>>,
     jobs: std::sync::mpsc::Sender<(u64, Work)>,
     finished: std::sync::mpsc::Receiver<u64>,
 }
@@ -143,7 +151,8 @@ impl Device for Slow {
                 wake();
             }
         });
-        Ok(Box::new(SlowStream { jobs, finished }))
+        let (gate, at_gate) = (Arc::clone(&self.gate), self.at_gate.clone());
+        Ok(Box::new(SlowStream { gate, at_gate, jobs, finished }))
     }
     unsafe fn stream_wait(&self, _stream: *mut c_void, _markers: &[Marker]) -> Result<()> {
         Ok(())
@@ -152,6 +161,10 @@ impl Device for Slow {
 
 impl CopyStream for SlowStream {
     unsafe fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker> {
+        if let Some(at_gate) = &self.at_gate {
+            let _ = at_gate.send(jobs.len());
+        }
+        drop(self.gate.lock().unwrap());
         for job in jobs {
             struct Sendable(Vec<*mut c_void>, *mut u8);
             // SAFETY: the addresses are used by one thread at a time, while the job is in flight.
@@ -181,15 +194,67 @@ impl CopyStream for SlowStream {
     }
 }
 
+/// A device that opens one stream and no more, and counts what is pinned on it.
+#[derive(Default)]
+struct Stingy {
+    streams: AtomicUsize,
+    pins: AtomicUsize,
+    unpins: AtomicUsize,
+}
+
+impl Device for Stingy {
+    fn name(&self) -> &'static str {
+        "stingy"
+    }
+    unsafe fn capture_event(&self, _event: *mut c_void) -> Result<CapturedEvent> {
+        Ok(Arc::new(()))
+    }
+    unsafe fn pin(&self, _base: *mut u8, _length: usize) -> Result<()> {
+        self.pins.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+    fn unpin(&self, _base: *mut u8) {
+        self.unpins.fetch_add(1, Ordering::Relaxed);
+    }
+    fn open_stream(&self, wake: Wake) -> Result<Box<dyn CopyStream>> {
+        match self.streams.fetch_add(1, Ordering::Relaxed) {
+            0 => ucm::device::host::Host.open_stream(wake),
+            _ => Err(Error::new(ErrorKind::Device, "no more streams")),
+        }
+    }
+    unsafe fn stream_wait(&self, _stream: *mut c_void, _markers: &[Marker]) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Goal: an open that fails half-way gives everything back: threads, pinned pages, arena.
+#[test]
+fn an_open_that_fails_half_way_leaves_nothing_behind() {
+    let pairs = dram(&[("stream_number", "3")]);
+    let pairs: Vec<_> = pairs.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let config = options(&pairs).build().unwrap();
+    let device = Arc::new(Stingy::default());
+    let platform = Platform { device: Some(device.clone()), ..Platform::default() };
+    let error = Store::open_on(config, platform).err().expect("the second stream is refused");
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert_eq!(device.pins.load(Ordering::Relaxed), 1);
+    assert_eq!(device.unpins.load(Ordering::Relaxed), 1);
+    assert_eq!(Arc::strong_count(&device), 1, "a worker holds the engine, and so its arena");
+}
+
 /// A store on a slow device, and how many copies the device has made.
 fn open_slow(delay: Duration, extra: &[(&str, &str)]) -> (Arc<Store>, Arc<AtomicUsize>) {
+    let device = Slow { delay, ..Slow::default() };
+    let copies = Arc::clone(&device.copies);
+    (open_on(device, extra), copies)
+}
+
+fn open_on(device: Slow, extra: &[(&str, &str)]) -> Arc<Store> {
     let pairs = dram(extra);
     let pairs: Vec<_> = pairs.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
     let config = options(&pairs).build().unwrap();
-    let copies = Arc::new(AtomicUsize::new(0));
-    let device = Arc::new(Slow { delay, copies: Arc::clone(&copies) });
-    let platform = Platform { device: Some(device), ..Platform::default() };
-    (Store::open_on(config, platform).unwrap(), copies)
+    let platform = Platform { device: Some(Arc::new(device)), ..Platform::default() };
+    Store::open_on(config, platform).unwrap()
 }
 
 /// Goal: a deadline ends the wait, not the copy: RELEASED comes when the device is done, and nothing is
@@ -217,15 +282,24 @@ fn a_slow_device_writes_nothing_after_released() {
 /// Goal: cancel stops what has not begun, and waits for nothing.
 #[test]
 fn cancel_stops_what_has_not_begun() {
-    let (store, copies) = open_slow(Duration::from_millis(50), &[("stream_number", "1")]);
-    let mut pages = Pages::new(20, BLOCK);
-    let addresses: Vec<_> = (0..20).map(|index| pages.address(index, 0)).collect();
-    let ids: Vec<_> = (0..20).map(id).collect();
-    let task = save(&store, &ids, None, &addresses).unwrap();
+    let (at_gate, came) = std::sync::mpsc::channel();
+    let device = Slow { at_gate: Some(at_gate), ..Slow::default() };
+    let store = open_on(device.clone(), &[("stream_number", "1")]);
+    let mut pages = Pages::new(21, BLOCK);
+    let addresses: Vec<_> = (0..21).map(|index| pages.address(index, 0)).collect();
+    let ids: Vec<_> = (0..21).map(id).collect();
+    // The only worker is stuck with another task's copy, so that none of this task can begin.
+    let closed = device.gate.lock().unwrap();
+    let other = save(&store, &ids[20..], None, &addresses[20..]).unwrap();
+    assert_eq!(came.recv().unwrap(), 1);
+    let task = save(&store, &ids[..20], None, &addresses[..20]).unwrap();
     task.cancel();
     assert_eq!(failure(&task, Stage::Persisted), ErrorKind::Cancelled);
     done(&task, Stage::Released);
-    assert!(copies.load(Ordering::Relaxed) < 20, "what had not begun was stopped");
+    drop(closed);
+    done(&other, Stage::Persisted);
+    assert_eq!(store.lookup_prefix(&[id(20)]).unwrap(), 1);
+    assert_eq!(device.copies.load(Ordering::Relaxed), 1, "what had not begun was stopped");
     assert_eq!(store.lookup_prefix(&[id(19)]).unwrap(), 0);
 }
 
@@ -245,6 +319,26 @@ fn close_with_work_in_flight_returns_and_closes_tasks() {
         matches!(task.poll(Stage::Persisted), Progress::Failed(error) if error.kind() == ErrorKind::Closed)
     );
     assert!(matches!(store.lookup_prefix(&ids), Err(error) if error.kind() == ErrorKind::Closed));
+}
+
+/// Goal: close also wakes those who wait without a limit for a stage that will not come: the device hangs, so
+/// RELEASED is out of reach, and the task answers CLOSED.
+#[test]
+fn close_wakes_who_waits_for_released_behind_a_device_that_hangs() {
+    let hung = Duration::from_secs(3600);
+    let (store, _) = open_slow(hung, &[("timeout_ms", "300"), ("stream_number", "1")]);
+    let mut pages = Pages::new(1, BLOCK);
+    let task = save(&store, &[id(1)], None, &[pages.address(0, 0)]).unwrap();
+    assert_eq!(failure(&task, Stage::Persisted), ErrorKind::Timeout);
+    let (told, answer) = std::sync::mpsc::channel();
+    let waiting = Arc::clone(&task);
+    std::thread::spawn(move || told.send(waiting.wait(Stage::Released, None)));
+    // The waiter is asleep by the time that close has waited for the device in vain.
+    std::thread::spawn(move || store.close());
+    let answer = answer.recv_timeout(Duration::from_secs(60)).expect("the waiter was never woken");
+    assert!(matches!(answer, Progress::Failed(error) if error.kind() == ErrorKind::Closed));
+    // The device has the addresses for ever.
+    std::mem::forget(pages);
 }
 
 /// Goal: completions come through the descriptor, each once, and freed tasks leave the queue.

@@ -1,4 +1,4 @@
-//! Threads of the I/O rooms: named, with every signal blocked (handlers belong to the host program's own
+//! Threads of the engine: named, with every signal blocked (handlers belong to the host program's own
 //! threads), pinned where configured, and known to be reactors where they are.
 
 use std::cell::{Cell, RefCell};
@@ -80,15 +80,21 @@ pub fn after_batch(job: impl FnOnce() + 'static) {
 
 /// Starts a thread called `name` (the kernel keeps 15 bytes of it) with all signals blocked.
 pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    let blocked = SignalsBlocked::new();
-    let started = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body);
-    drop(blocked);
-    started.map_err(|error| {
+    let builder = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES);
+    quietly(|| builder.spawn(body)).map_err(|error| {
         Error::new(
             ErrorKind::OutOfMemory,
             format!("cannot start thread {name}: {error}; raise `ulimit -u` or the pids limit of the container"),
         )
     })
+}
+
+/// Runs `start`, which starts threads, with all signals blocked on this thread: theirs stay blocked. Every
+/// thread of the engine starts here, since a handler of the host program that ran on one of them would find
+/// a small stack, and hold up transfers.
+pub fn quietly<T>(start: impl FnOnce() -> T) -> T {
+    let _blocked = SignalsBlocked::new();
+    start()
 }
 
 /// Pins the current thread to one CPU.
@@ -127,7 +133,7 @@ impl SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // SAFETY: `before` was initialised by `new` on this thread (the type is not Send by use).
+        // SAFETY: `before` was initialised by `new` on this thread: `quietly` keeps the value on its stack.
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
         }

@@ -13,6 +13,7 @@ use std::thread;
 
 use crate::config::Facility;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::thread::quietly;
 
 use super::{limits, numa};
 
@@ -205,9 +206,9 @@ impl Arena {
         };
         thread::scope(|scope| {
             for _ in 1..threads {
+                let builder = thread::Builder::new().name("ucm-prefault".into());
                 // A thread that cannot be had is a slower start, no error.
-                let _ =
-                    thread::Builder::new().name("ucm-prefault".into()).spawn_scoped(scope, work);
+                let _ = quietly(|| builder.spawn_scoped(scope, work));
             }
             work();
         });

@@ -50,6 +50,7 @@ pub(super) fn close(engine: &Arc<Engine>) {
         std::mem::forget(Arc::clone(engine));
     }
     engine.closed.store(true, Ordering::Release);
+    engine.live_tasks().iter().for_each(|task| task.store_is_closed());
     let _guard = engine.drain_lock.lock();
     engine.drained.notify_all();
 }

@@ -292,9 +292,12 @@ impl Engine {
     }
 
     pub(super) fn fail_tasks(&self, error: &Error) {
-        let tasks: Vec<Arc<Task>> =
-            self.tasks.lock().values().map(|live| Arc::clone(&live.task)).collect();
-        tasks.iter().for_each(|task| task.fail(error));
+        self.live_tasks().iter().for_each(|task| task.fail(error));
+    }
+
+    /// Tasks that have not ended, or whose memory is still in use.
+    pub(super) fn live_tasks(&self) -> Vec<Arc<Task>> {
+        self.tasks.lock().values().map(|live| Arc::clone(&live.task)).collect()
     }
 }
 

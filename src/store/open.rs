@@ -19,6 +19,7 @@ use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::{Backend, BackendConfig};
+use crate::io::thread;
 use crate::layout::Layout;
 use crate::log::{self, Level};
 use crate::mem::arena::{Arena, ArenaRequest};
@@ -228,7 +229,9 @@ fn open_backends(config: &Config, deadline: Instant) -> Result<Vec<Arc<Backend>>
     let opened: Vec<Result<Arc<Backend>>> = std::thread::scope(|scope| {
         let directories = config.storage_backends.iter();
         let threads: Vec<_> = directories
-            .map(|directory| scope.spawn(|| Backend::open(directory, &io, deadline)))
+            .map(|directory| {
+                thread::quietly(|| scope.spawn(|| Backend::open(directory, &io, deadline)))
+            })
             .collect();
         threads
             .into_iter()

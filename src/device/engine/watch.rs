@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::device::Wake;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::thread::quietly;
 
 /// Wakes the worker of one copy stream.
 pub(super) struct Waker {
@@ -67,15 +68,13 @@ impl Watch {
     pub(super) fn start(name: &'static str, beat: Duration) -> Result<Self> {
         let state = Arc::new(State { wakers: Mutex::default(), changed: Condvar::new() });
         let shared = state.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("ucm-{name}-watch"))
-            .spawn(move || run(&shared, beat))
-            .map_err(|e| {
-                Error::new(
-                    ErrorKind::OutOfMemory,
-                    format!("the watch thread cannot start: {e}; raise the limit of threads"),
-                )
-            })?;
+        let builder = std::thread::Builder::new().name(format!("ucm-{name}-watch"));
+        let thread = quietly(|| builder.spawn(move || run(&shared, beat))).map_err(|e| {
+            Error::new(
+                ErrorKind::OutOfMemory,
+                format!("the watch thread cannot start: {e}; raise the limit of threads"),
+            )
+        })?;
         Ok(Self { state, thread: Mutex::new(Some(thread)) })
     }
 
