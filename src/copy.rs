@@ -206,16 +206,18 @@ impl CopyPool {
 
 /// Queues jobs, or leaves them with the worker of that pool that this thread is.
 fn hand_over(shared: &Arc<Shared>, jobs: Vec<Job>) {
-    let left = BROUGHT.with_borrow_mut(|brought| match brought {
-        Some((own, mine)) if Arc::ptr_eq(own, shared) => {
-            mine.extend(jobs);
-            None
-        }
-        _ => Some(jobs),
-    });
-    if let Some(jobs) = left {
-        shared.push(jobs);
+    // A thread whose locals are gone is no worker.
+    let is_own = |brought: &RefCell<Option<(Arc<Shared>, _)>>| {
+        brought.borrow().as_ref().is_some_and(|(own, _)| Arc::ptr_eq(own, shared))
+    };
+    if !BROUGHT.try_with(is_own).unwrap_or(false) {
+        return shared.push(jobs);
     }
+    BROUGHT.with_borrow_mut(|brought| {
+        if let Some((_, mine)) = brought {
+            mine.extend(jobs);
+        }
+    });
 }
 
 /// While it lives, what the thread brings to the pool is left with it.

@@ -304,6 +304,11 @@ fn forked() {
 }
 
 #[test]
+fn surroundings() {
+    check("surroundings.c");
+}
+
+#[test]
 fn signals() {
     check("signals.c");
 }

@@ -2,13 +2,16 @@
 
 mod common;
 
-use std::path::Path;
+use std::ffi::c_void;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
 use tempfile::TempDir;
-use ucm::error::ErrorKind;
-use ucm::store::Store;
+use ucm::device::host::Host;
+use ucm::device::{CapturedEvent, CopyStream, Device, Marker, Wake};
+use ucm::error::{ErrorKind, Result};
+use ucm::store::{Platform, Store};
 use ucm::task::Stage;
 
 const BLOCK: usize = 64 << 10;
@@ -477,4 +480,46 @@ fn what_one_store_abandons_others_need_not_wait_for() {
         store.refresh(None).unwrap();
         assert!(is_present(store, 2));
     }
+}
+
+/// The host device, but that pinning memory takes as long as it does for an arena of hundreds of gigabytes.
+struct SlowToPin(Duration);
+
+impl Device for SlowToPin {
+    fn name(&self) -> &'static str {
+        "slow to pin"
+    }
+    unsafe fn capture_event(&self, _event: *mut c_void) -> Result<CapturedEvent> {
+        Ok(Arc::new(()))
+    }
+    unsafe fn pin(&self, _base: *mut u8, _length: usize) -> Result<()> {
+        std::thread::sleep(self.0);
+        Ok(())
+    }
+    fn unpin(&self, _base: *mut u8) {}
+    fn open_stream(&self, wake: Wake) -> Result<Box<dyn CopyStream>> {
+        Host.open_stream(wake)
+    }
+    unsafe fn stream_wait(&self, _stream: *mut c_void, _markers: &[Marker]) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Goal: the deadline of an open is for directories that do not answer. An arena that takes longer than that to
+/// touch, register or pin is no reason to fail, nor to blame a directory.
+#[test]
+fn a_large_arena_does_not_use_up_the_deadline_of_the_directories() {
+    let directory = TempDir::new().unwrap();
+    let pairs = [
+        ("storage_backends", directory.path().to_str().unwrap()),
+        ("cache_buffer_capacity_gb", "0.01"),
+        ("block_size", "65536"),
+        ("timeout_ms", "5000"),
+        ("namespace_extra", "slow to pin"),
+    ];
+    let config = options(&pairs).build().unwrap();
+    let device = Arc::new(SlowToPin(Duration::from_millis(5500)));
+    let platform = Platform { device: Some(device), ..Platform::default() };
+    let store = Store::open_on(config, platform).unwrap();
+    save_blocks(&store, &[1], BLOCK);
 }

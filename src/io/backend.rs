@@ -79,6 +79,9 @@ impl Backend {
     /// Probes the directory (creating it if it is missing) and starts the reactors. A mount that does not
     /// answer by `deadline` ends with `Timeout`.
     pub fn open(directory: &Path, config: &BackendConfig, deadline: Instant) -> Result<Arc<Self>> {
+        // The program may change its current directory while the store is open.
+        let directory = &std::path::absolute(directory)
+            .map_err(|error| Error::io("find the current directory", Some(directory), &error))?;
         let files = OsFiles::new();
         let pool = Pool::new("ucm-path");
         files.close_on(pool.clone());

@@ -5,7 +5,7 @@
 //! NFS, `fallocate` on FUSE) is replaced by calls of the same meaning. It knows nothing of rings.
 
 use std::ffi::OsString;
-use std::os::fd::{BorrowedFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -94,6 +94,15 @@ pub(super) fn descriptor(file: &File) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(file.raw()) }
 }
 
+/// A program that has closed its standard descriptors, as daemons do, still prints: into whichever file got
+/// such a number. None of ours keeps one.
+fn above_standard(opened: OwnedFd) -> rustix::io::Result<OwnedFd> {
+    if opened.as_raw_fd() > libc::STDERR_FILENO {
+        return Ok(opened);
+    }
+    rustix::io::fcntl_dupfd_cloexec(&opened, libc::STDERR_FILENO + 1)
+}
+
 fn metadata_of(stat: &rustix::fs::Stat) -> Metadata {
     /// `st_blocks` counts these, whatever the file system's block is (stat(2)).
     const STAT_BLOCK_BYTES: u64 = 512;
@@ -127,6 +136,7 @@ impl Files for OsFiles {
             flags |= OFlags::DIRECT;
         }
         let opened = retry(|| openat(CWD, path, flags, FILE_MODE)).map_err(failed("open", path))?;
+        let opened = above_standard(opened).map_err(failed("open", path))?;
         let this = self.this.upgrade().expect("a method runs, so the object lives");
         Ok(File::new(opened.into_raw_fd(), path, this))
     }

@@ -28,9 +28,11 @@ pub fn mark_reactor() {
 type Deferred = Box<dyn FnOnce()>;
 
 thread_local! {
-    /// How many batches the current thread is in, one inside the other, and what it left for their end.
-    static BATCH: (Cell<usize>, RefCell<Vec<Deferred>>) =
-        const { (Cell::new(0), RefCell::new(Vec::new())) };
+    /// How many batches the current thread is in, one inside the other.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// What it left for their end. Gone before the thread is: a program may close a store in a handler of
+    /// `atexit` or in the destructor of a static object.
+    static DEFERRED: RefCell<Vec<Deferred>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Runs `body`, which does many small things of a kind: the ends of all transfers that a ring brought, the
@@ -41,17 +43,14 @@ pub fn batch<T>(body: impl FnOnce() -> T) -> T {
     struct Batch;
     impl Drop for Batch {
         fn drop(&mut self) {
-            let depth = BATCH.with(|(depth, _)| {
-                depth.set(depth.get() - 1);
-                depth.get()
-            });
+            let depth = DEPTH.get() - 1;
+            DEPTH.set(depth);
             if depth > 0 {
                 return;
             }
             loop {
                 // Taken out one list at a time: what runs may begin batches of its own.
-                let deferred =
-                    BATCH.with(|(_, deferred)| std::mem::take(&mut *deferred.borrow_mut()));
+                let deferred = DEFERRED.take();
                 if deferred.is_empty() {
                     return;
                 }
@@ -59,20 +58,23 @@ pub fn batch<T>(body: impl FnOnce() -> T) -> T {
             }
         }
     }
-    BATCH.with(|(depth, _)| depth.set(depth.get() + 1));
+    if DEFERRED.try_with(|_| ()).is_err() {
+        return body(); // Nothing can be left for later: each thing is done at once.
+    }
+    DEPTH.set(DEPTH.get() + 1);
     let _batch = Batch;
     body()
 }
 
 /// Whether the current thread is in a batch.
 pub fn in_batch() -> bool {
-    BATCH.with(|(depth, _)| depth.get() > 0)
+    DEPTH.get() > 0
 }
 
 /// Runs `job` on this thread when its batch ends; at once where it is in none.
 pub fn after_batch(job: impl FnOnce() + 'static) {
     if in_batch() {
-        BATCH.with(|(_, deferred)| deferred.borrow_mut().push(Box::new(job)));
+        DEFERRED.with_borrow_mut(|deferred| deferred.push(Box::new(job)));
     } else {
         job();
     }

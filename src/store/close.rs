@@ -21,6 +21,7 @@ pub(super) fn close(engine: &Arc<Engine>) {
         wait_until(engine, None, || engine.closed.load(Ordering::Acquire));
         return;
     }
+    let mut end = End { engine, quiet: false };
     let deadline = Instant::now() + engine.config.timeout;
     let cancelled =
         Error::new(ErrorKind::Cancelled, "the store was closed before the transfer began");
@@ -38,21 +39,34 @@ pub(super) fn close(engine: &Arc<Engine>) {
     let io_ended = stopped.fold(true, |all, one| all & (one == Drained::Yes));
     engine.clock.stop();
     engine.shared.close();
-    if copies_ended && io_ended && !engine.arena_lost.load(Ordering::Acquire) {
-        if let Some(arena) = &engine.arena {
+    end.quiet = copies_ended && io_ended && !engine.arena_lost.load(Ordering::Acquire);
+}
+
+/// The last step of a close. Also taken when a step before it panics: who waits for the close must not wait
+/// for ever.
+struct End<'a> {
+    engine: &'a Arc<Engine>,
+    /// Nothing touches the arena any more.
+    quiet: bool,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let engine = self.engine;
+        if !self.quiet {
+            // A drive or a device that never answered may still write to the arena.
+            log::warning(format_args!(
+                "the store closed with transfers that never ended; their memory is leaked"
+            ));
+            std::mem::forget(Arc::clone(engine));
+        } else if let Some(arena) = &engine.arena {
             engine.device.unpin(arena.base());
         }
-    } else {
-        // A drive or a device that never answered may still write to the arena.
-        log::warning(format_args!(
-            "the store closed with transfers that never ended; their memory is leaked"
-        ));
-        std::mem::forget(Arc::clone(engine));
+        engine.closed.store(true, Ordering::Release);
+        engine.live_tasks().iter().for_each(|task| task.store_is_closed());
+        let _guard = engine.drain_lock.lock();
+        engine.drained.notify_all();
     }
-    engine.closed.store(true, Ordering::Release);
-    engine.live_tasks().iter().for_each(|task| task.store_is_closed());
-    let _guard = engine.drain_lock.lock();
-    engine.drained.notify_all();
 }
 
 fn is_drained(engine: &Engine) -> bool {

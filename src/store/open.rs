@@ -86,7 +86,6 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
     for warning in &config.warnings {
         log::once(Level::Warning, warning, format_args!("{warning}"));
     }
-    let deadline = Instant::now() + config.timeout;
     let layout = Arc::new(Layout::new(&config.geometry)?);
     device::check_gpu_direct(config.gpu_direct)?;
     let device = match platform.device {
@@ -94,16 +93,20 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         None => device::open(config.device, config.device_id)?,
     };
     let arena = map_arena(&config, &*device)?;
+    // The deadline is the directories' alone: to touch and register a large arena takes longer, which is no
+    // sign of a mount that hangs.
+    let probing = Instant::now();
     let backends = match platform.backends {
         Some(backends) => backends,
-        None => open_backends(&config, deadline)?,
+        None => open_backends(&config, probing + config.timeout)?,
     };
+    let left = config.timeout.saturating_sub(probing.elapsed());
     let pinned = match &arena {
         Some(arena) => Some(register_arena(arena, &backends, &device, config.register_memory)?),
         None => None,
     };
     let tier = match config.pipeline.storage {
-        Storage::Posix => Some(open_tier(&config, &backends, deadline)?),
+        Storage::Posix => Some(open_tier(&config, &backends, Instant::now() + left)?),
         Storage::Empty => None,
     };
     let completions = Arc::new(CompletionQueue::new()?);
