@@ -95,7 +95,7 @@ impl Engine {
             ));
         }
         if !self.device.is_host() {
-            let text = "only host memory can be registered; device memory needs gpu_direct";
+            let text = "only host memory can be registered; there is no direct path from the drive to device memory";
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         self.regions.add(address, length)?;

@@ -37,7 +37,7 @@ pub(crate) fn fake_test() -> Outcome {
     ] {
         let library = folder.join(file);
         let mut tests = cargo();
-        tests.args(["test", "--package", "ucm"]);
+        tests.args(["test", "--package", "ucm", "--no-fail-fast"]);
         tests.args(STORE_TESTS.iter().flat_map(|name| ["--test", name]));
         tests
             .env(variable, &library)
