@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# run.sh [unit|vllm|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
+# run.sh [unit|vllm|ci|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
 #   unit   style, types, the binding against libucm.so, the wheel in an empty environment
 #   vllm   the connector under vLLM's schedulers, and real vLLM on the CPU (default version: 0.26.0)
-# UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there.
+#   ci     vllm, of 0.26 everything; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
+# UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there; for ci, UCM_TEST_VENVS=DIR has
+# one for each version, called vllm-VERSION.
 set -euo pipefail
 kind=${1:-all}
 [ $# -gt 0 ] && shift
@@ -39,22 +41,60 @@ unit() {
   "$work/wheel/bin/ucm" --version
 }
 
+# venv_of VERSION: sets $venv, and installs vLLM there if it is not.
+venv_of() {
+  venv=${UCM_TEST_VENV:-${UCM_TEST_VENVS:-$work}/vllm-$1}
+  if [ ! -x "$venv/bin/python" ]; then
+    say "installing vLLM $1"
+    python/tests/tools/install_vllm.sh "$venv" "$1"
+  fi
+}
+
+# tests VENV ARGUMENT...: pytest with the vLLM of an environment.
+tests() {
+  local venv=$1
+  shift
+  PATH=$venv/bin:$PATH "$venv/bin/python" -m pytest -p no:cacheprovider --durations=5 "$@"
+}
+
 vllm() {
+  local venv
   for version in "${@:-0.26.0}"; do
-    local venv=${UCM_TEST_VENV:-$work/vllm-$version}
-    if [ ! -x "$venv/bin/python" ]; then
-      say "installing vLLM $version"
-      python/tests/tools/install_vllm.sh "$venv" "$version"
-    fi
+    venv_of "$version"
     say "vLLM $version"
-    PATH=$venv/bin:$PATH "$venv/bin/python" -m pytest --durations=5 -s python/tests
+    tests "$venv" -s python/tests
   done
+}
+
+# Two versions at a time: a vLLM of these tests keeps one processor busy.
+ci() {
+  local venv old main new start=$SECONDS
+  venv_of 0.26.0 && main=$venv
+  venv_of 0.17.0 && old=$venv
+  venv_of 0.32.0 && new=$venv
+  say "installed vLLM in $((SECONDS - start)) s"
+  export UCM_TEST_OTHER_PYTHON=$old/bin/python
+  local others=$work/others.log failed=0
+  {
+    tests "$old" python/tests/test_scheduling.py python/tests/test_namespace.py &&
+      tests "$new" python/tests/test_scheduling.py python/tests/test_namespace.py &&
+      tests "$new" python/tests/test_vllm.py -k another_version
+  } >"$others" 2>&1 &
+  say "vLLM 0.26.0"
+  tests "$main" python/tests/test_scheduling.py python/tests/test_namespace.py python/tests/test_geometry.py \
+    python/tests/test_convert.py python/tests/test_vllm.py python/tests/test_serve.py || failed=1
+  wait $! || failed=1
+  say "vLLM 0.17.0 and 0.32.0"
+  cat "$others"
+  say "vLLM tests took $((SECONDS - start)) s"
+  return $failed
 }
 
 case $kind in
   unit) unit ;;
   vllm) vllm "$@" ;;
+  ci) ci ;;
   all) unit; vllm "$@" ;;
-  *) sed -n '2,5p' "$0"; exit 2 ;;
+  *) sed -n '2,8p' "$0"; exit 2 ;;
 esac
 say "passed"

@@ -75,10 +75,11 @@ pub fn run(root: &Path) -> Outcome {
     check("demonstration", &mut |_| demo::run(root, None));
     let python = root.join("python/tests/run.sh");
     if python.exists() {
-        // Real vLLM takes a download of gigabytes and long runs: `python/tests/run.sh vllm` does it by itself.
-        check("Python tests", &mut |count| {
-            follow(root, Command::new("bash").arg(&python).arg("unit"), count)
-        });
+        for (name, kind) in [("Python tests", "unit"), ("Python tests, real vLLM", "ci")] {
+            check(name, &mut |count| {
+                follow(root, Command::new("bash").arg(&python).arg(kind), count)
+            });
+        }
     }
     summarize(&rows, start.elapsed())
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 FORMAT_VERSION: Final = 1
@@ -38,10 +39,14 @@ class Namespace:
     order: str
 
     @property
+    def text(self) -> str:
+        """The fields in canonical form."""
+        return canonical_json(dict(self.fields)).decode()
+
+    @property
     def logical(self) -> str:
         """The fingerprint of the fields, hexadecimal."""
-        text = json.dumps(dict(self.fields), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
     def describe(self) -> dict[str, str]:
         """All fields, the fingerprint and the order, as labels."""
@@ -53,7 +58,8 @@ class Namespace:
             "model_id": self.fields["model"],
             "dtype": self.fields["kv_dtype"],
             "block_tokens": int(self.fields["block_size"]),
-            "namespace_extra": self.logical,
+            # In words, not as a fingerprint: the engine writes it beside the blocks, see neighbours().
+            "namespace_extra": self.text,
             "order": self.order,
         }
 
@@ -62,6 +68,29 @@ def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]
     """The names of the fields in which two namespaces differ."""
     keys = sorted((set(mine) | set(theirs)) - {"logical"})
     return [key for key in keys if mine.get(key, "") != theirs.get(key, "")]
+
+
+DESCRIPTION: Final = "ucm*/namespace.json"
+"""Where the engine describes each namespace of a directory."""
+
+NEIGHBOURS_MAX: Final = 64
+"""Namespaces of a directory that are compared with a server's own."""
+
+
+def neighbours(mine: Namespace, directories: Iterable[str]) -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
+    """Other namespaces in these directories: the path, and for each differing field this server's value
+    and the other's. What cannot be read is left out: it is only told of."""
+    own = {"order": mine.order, **mine.fields}
+    for directory in directories:
+        for path in sorted(Path(directory).glob(DESCRIPTION))[:NEIGHBOURS_MAX]:
+            try:
+                described = json.loads(path.read_text(encoding="utf-8"))
+                other = {"order": str(described["order"]), **json.loads(described["namespace_extra"])}
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            fields = {name: (own.get(name, ""), other.get(name, "")) for name in differences(own, other)}
+            if fields:
+                yield str(path.parent), fields
 
 
 def _digest(*parts: bytes) -> str:

@@ -124,8 +124,23 @@ def refuse_unsafe(vllm_config: Any) -> None:
     ):
         if int(getattr(parallel, name, 1) or 1) > 1:
             raise NamespaceError(f"{flag}: context parallelism interleaves tokens over ranks; not supported")
-    if int(parallel.pipeline_parallel_size) > 1:
-        raise NamespaceError("--pipeline-parallel-size above 1 is not supported")
+    stages = int(parallel.pipeline_parallel_size)
+    if stages > 1:
+        counts = [layers_of(vllm_config, stage) for stage in range(stages)]
+        if len(set(counts)) > 1:
+            raise NamespaceError(
+                f"--pipeline-parallel-size {stages}: the stages hold {counts} layers, but the parts of a block "
+                "have one size; choose a number of stages that divides the layers, or VLLM_PP_LAYER_PARTITION"
+            )
+
+
+def layers_of(vllm_config: Any, stage: int) -> int:
+    """Layers of a pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    layers = int(vllm_config.model_config.get_total_num_hidden_layers())
+    first, end = get_pp_indices(layers, stage, int(vllm_config.parallel_config.pipeline_parallel_size))
+    return int(end) - int(first)
 
 
 def cpu_isa(vllm_config: Any, block_tokens: int) -> str:
@@ -197,6 +212,7 @@ def find_namespace(vllm_config: Any, config: ConnectorConfig, block_tokens: int)
         "quantization": str(getattr(model, "quantization", None) or ""),
         "block_size": str(block_tokens),
         "tp": "1" if is_mla(vllm_config) else str(parallel.tensor_parallel_size),
+        "pp": str(parallel.pipeline_parallel_size),
         "draft": _draft_field(vllm_config),
         "extra": config.namespace_extra,
     }

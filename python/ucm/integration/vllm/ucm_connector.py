@@ -31,13 +31,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.ucm")
 
 
-def _rank(vllm_config: Any, index: int) -> Rank:
+def _rank(vllm_config: Any, index: int, stage: int = 0) -> Rank:
     from ucm.integration.vllm.platform import is_mla
     from ucm.integration.vllm.rank import rank_of
 
-    tensor_parallel = int(vllm_config.parallel_config.tensor_parallel_size)
-    heads = int(vllm_config.model_config.get_total_num_kv_heads())
-    return rank_of(index, tensor_parallel, heads, shared=is_mla(vllm_config))
+    parallel = vllm_config.parallel_config
+    return rank_of(
+        index,
+        int(parallel.tensor_parallel_size),
+        int(vllm_config.model_config.get_total_num_kv_heads()),
+        shared=is_mla(vllm_config),
+        stage=stage,
+        stages=int(parallel.pipeline_parallel_size),
+    )
 
 
 def _set_failure_policy(vllm_config: Any, config: ConnectorConfig) -> None:
@@ -81,6 +87,7 @@ class UCMConnector(KVConnectorBase_V1):
             self._config, self._namespace, self._shape.part_bytes, _rank(self._vllm_config, 0).part_count
         )
         logger.info("UCM namespace: %s", self._namespace.describe())
+        self._tell_neighbours()
         transfer = self._kv_transfer_config
         return SchedulerSide(
             self._config,
@@ -92,6 +99,17 @@ class UCMConnector(KVConnectorBase_V1):
             saves=transfer.is_kv_producer,
             writer=str(transfer.engine_id),
         )
+
+    def _tell_neighbours(self) -> None:
+        """Says what keeps this server from blocks of servers that differ in one thing."""
+        from ucm.integration.vllm.namespace import neighbours
+
+        for path, fields in neighbours(self._namespace, self._config.backends):
+            if len(fields) == 1:
+                for name, (mine, other) in fields.items():
+                    logger.info(
+                        "%s holds blocks of a namespace that differs in %s: %r here, %r there", path, name, mine, other
+                    )
 
     def _siblings(self) -> Siblings:
         from ucm.integration.vllm.convert import readable
@@ -110,7 +128,7 @@ class UCMConnector(KVConnectorBase_V1):
     # -- worker -------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
         from ucm.integration.vllm import geometry
         from ucm.integration.vllm.batches import Batches
@@ -121,7 +139,9 @@ class UCMConnector(KVConnectorBase_V1):
 
         shape = self._shape
         layout = geometry.build(kv_caches, shape.block_count, shape.part_bytes, shape.names)
-        rank = _rank(self._vllm_config, int(get_tensor_model_parallel_rank()))
+        rank = _rank(
+            self._vllm_config, int(get_tensor_model_parallel_rank()), int(get_pp_group().rank_in_group)
+        )
         first = next(iter(kv_caches.values()))
         device = (first[0] if isinstance(first, (tuple, list)) else first).device
         layerwise = self._layerwise(layout)

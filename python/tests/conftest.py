@@ -1,0 +1,31 @@
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from bench import Bench
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: Any) -> Bench:
+    from bench import Bench
+
+    return Bench(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture(scope="session")
+def plain(bench: Bench) -> list[dict[str, Any]]:
+    """(a): vLLM without a connector."""
+    from bench import PROMPTS, TAILS, TURN
+
+    phases = [
+        {"prompts": PROMPTS},
+        {"prompts": TAILS, "reset": True},
+        {"prompts": TURN, "chat": 4, "reset": True},
+        {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4, "reset": True},
+    ]
+    return bench.run(phases)

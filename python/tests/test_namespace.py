@@ -1,0 +1,159 @@
+"""Namespaces and refusals, from configurations that vLLM itself makes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from tiny_model import make
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1 import kv_cache_interface as kv
+
+from ucm import Store
+from ucm.integration.vllm.config import parse
+from ucm.integration.vllm.geometry import GeometryError, group_shape
+from ucm.integration.vllm.namespace import NamespaceError, neighbours
+from ucm.integration.vllm.platform import find_namespace
+from ucm.integration.vllm.rank import rank_of
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> str:
+    return str(make(tmp_path_factory.mktemp("model")))
+
+
+@functools.cache
+def _config(model: str, arguments: str) -> Any:
+    return EngineArgs(
+        model=model, max_model_len=4096, enforce_eager=True,
+        **{"dtype": "bfloat16", "block_size": BLOCK, **json.loads(arguments)},
+    ).create_engine_config()  # fmt: skip
+
+
+def vllm_config(model: str, **arguments: Any) -> Any:
+    return copy.deepcopy(_config(model, json.dumps(arguments, sort_keys=True)))
+
+
+def ucm_config(**keys: Any) -> Any:
+    engine = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", **keys}
+    return parse({"ucm_connectors": [{"ucm_connector_config": engine}]}, "")
+
+
+def namespace(config: Any, **keys: Any) -> Any:
+    return find_namespace(config, ucm_config(**keys), int(config.cache_config.block_size))
+
+
+def test_equal_servers_share(model: str, tmp_path: Path) -> None:
+    """Two processes of one configuration, and a copy of the model elsewhere, are one namespace."""
+    mine = namespace(vllm_config(model))
+    assert mine == namespace(vllm_config(model))
+    copied = str(make(tmp_path / "copied"))
+    assert namespace(vllm_config(copied)) == mine
+    assert namespace(vllm_config(copied), model_id="m") == namespace(vllm_config(model), model_id="m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"dtype": "float32"}, "dtype"),
+        ({"block_size": 64}, "block_size"),
+        ({"hf_overrides": {"rope_theta": 500000.0}}, "model"),
+        ({"hf_overrides": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}}, "model"),
+        ({"pipeline_parallel_size": 2}, "pp"),
+        ({"tensor_parallel_size": 2}, "tp"),
+    ],
+)
+def test_what_decides_content(model: str, arguments: dict[str, Any], field: str) -> None:
+    """One argument of vLLM changes the namespace, in the field that says so."""
+    mine, other = namespace(vllm_config(model)), namespace(vllm_config(model, **arguments))
+    assert mine.logical != other.logical
+    assert mine.fields[field] != other.fields[field]
+
+
+def test_other_weights(model: str, tmp_path: Path) -> None:
+    """The same configuration over other weights is another model."""
+    assert namespace(vllm_config(str(make(tmp_path, seed=1)))).logical != namespace(vllm_config(model)).logical
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "words"),
+    [
+        ("cache_config", "calculate_kv_scales", True, "--calculate-kv-scales"),
+        ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        ("parallel_config", "pipeline_parallel_size", 3, r"--pipeline-parallel-size 3: the stages hold \[1, 2, 1\]"),
+    ],
+)
+def test_unsafe_configurations_are_refused(model: str, section: str, name: str, value: Any, words: str) -> None:
+    """What would put different bytes under one name is refused, by the flag's name."""
+    config = vllm_config(model)
+    object.__setattr__(getattr(config, section), name, value)
+    with pytest.raises(NamespaceError, match=words):
+        namespace(config)
+
+
+def test_parts_of_pipeline_stages() -> None:
+    """Each rank of each stage has its own part of a block; with MLA each stage has one."""
+    ranks = [rank_of(i, 2, 8, shared=False, stage=s, stages=2) for s in range(2) for i in range(2)]
+    assert [(r.index, r.part, r.part_count) for r in ranks] == [(i, i, 4) for i in range(4)]
+    shared = [rank_of(i, 2, 1, shared=True, stage=s, stages=2) for s in range(2) for i in range(2)]
+    assert [(r.part, r.part_count, r.saves) for r in shared] == [
+        (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False),
+    ]  # fmt: skip
+
+
+def full(heads: int = 2, **more: Any) -> Any:
+    return kv.FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=32, dtype=torch.bfloat16, **more)
+
+
+def window() -> Any:
+    return kv.SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=64
+    )
+
+
+def state() -> Any:
+    return kv.MambaSpec(block_size=BLOCK, shapes=((16, 64),), dtypes=(torch.float32,))
+
+
+def groups(*specs: Any) -> Any:
+    listed = [kv.KVCacheGroupSpec([f"layers.{i}"], spec) for i, spec in enumerate(specs)]
+    return kv.KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=listed)
+
+
+def test_hybrid_models_are_refused() -> None:
+    """Several groups, and memory that is no block of tokens: refused at start, each by its kind."""
+    assert group_shape(groups(full())).part_bytes == 2 * 2 * BLOCK * 32 * 2
+    with pytest.raises(GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, SlidingWindowSpec\)"):
+        group_shape(groups(full(), window()))
+    with pytest.raises(GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, MambaSpec\)"):
+        group_shape(groups(full(), state()))
+    with pytest.raises(GeometryError, match=r"layers.0: KV memory of kind SlidingWindowSpec"):
+        group_shape(groups(window()))
+    with pytest.raises(GeometryError, match=r"layers.0: KV memory of kind MambaSpec"):
+        group_shape(groups(state()))
+
+
+def test_log_names_the_difference(model: str, tmp_path: Path) -> None:
+    """Of two namespaces in one directory that differ in one thing, the thing is found, with both values."""
+    other = namespace(vllm_config(model, dtype="float32"))
+    options = {"store_pipeline": "Posix", "cache_buffer_capacity_gb": 0.02, "block_size": 4096, "device": "host"}
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    with Store(storage_backends=str(tmp_path), **options, **other.engine_options()) as store:
+        store.save([bytes(16)], [[memory.data_ptr()]]).wait()
+    assert list(neighbours(other, [str(tmp_path)])) == []
+    mine = dataclasses.replace(other, fields={**other.fields, "dtype": "bfloat16"})
+    [(path, fields)] = neighbours(mine, [str(tmp_path)])
+    assert Path(path).parent == tmp_path
+    assert fields == {"dtype": ("bfloat16", "float32")}
