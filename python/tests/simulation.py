@@ -77,8 +77,9 @@ class NoConverters:
 
 class Simulation:
     def __init__(
-        self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False
-    ) -> None:
+        self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False,
+        layerwise: bool = False,
+    ) -> None:  # fmt: skip
         self.world = world
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.bfloat16)
         groups = [KVCacheGroupSpec(list(LAYERS), spec)]
@@ -100,9 +101,11 @@ class Simulation:
         layout = geometry.build(
             self.memory, blocks, config.kv_cache_groups[0].kv_cache_spec.page_size_bytes * 2, LAYERS
         )
+        slices = layout.slice_lengths[: len(layout.slice_lengths) // (len(LAYERS) if layerwise else 1)]
+        store = StandinStore(world, slices, shards=len(LAYERS) if layerwise else 1)
         self.connector._worker = worker.WorkerSide(
-            self.connector._config, Rank(0, 0, 1, True), layout, Batches(layout, layerwise=False),
-            StandinStore(world, layout.slice_lengths), ComputeStream("cpu"), BLOCK, NoConverters(),
+            self.connector._config, Rank(0, 0, 1, True), layout, Batches(layout, layerwise=layerwise),
+            store, ComputeStream("cpu"), BLOCK, NoConverters(),
         )  # fmt: skip
         self.running: dict[str, Running] = {}
         self.pending: deque[tuple[Any, Any]] = deque()
@@ -196,7 +199,11 @@ class Simulation:
         late = getattr(output, "has_sync_kv_loads", None) is False
         if not late:
             connector.start_load_kv(None)
+        for name in LAYERS if output.total_num_scheduled_tokens else ():
+            connector.wait_for_layer_load(name)
         sampled = self._forward(output)
+        for name in LAYERS if output.total_num_scheduled_tokens else ():
+            connector.save_kv_layer(name, None, None)
         if late:
             connector.start_load_kv(None)
         if output.total_num_scheduled_tokens or late:

@@ -29,6 +29,15 @@ class World:
     hold: bool = False
     """Whether tasks stay pending."""
     refuse_saves: bool = False
+    refuse_holds: bool = False
+    hold_holds: bool = False
+    """Whether holds stay pending."""
+    fail_layer: int | None = None
+    """Loads of this layer alone fail."""
+    holds: int = 0
+    """Holds that were asked for."""
+    held: int = 0
+    """Holds that have not ended."""
     lookups: int = 0
     loaded: int = 0
     saved: int = 0
@@ -66,6 +75,14 @@ class StandinTask:
 
     def cancel(self) -> None:
         self._run()
+
+
+class StandinHold(StandinTask):
+    def poll(self, stage: Stage | None = None) -> Status:
+        return Status.PENDING if self._world.hold_holds else super().poll(stage)
+
+    def free(self) -> None:
+        self._world.held -= 1
 
 
 class StandinStore:
@@ -115,6 +132,19 @@ class StandinStore:
 
         return StandinTask(self.world, work, len(keys))
 
+    def hold(self, ids: Any) -> StandinHold:
+        if self.world.refuse_holds:
+            raise Busy("told to refuse")
+        keys = [one.tobytes() for one in block_ids(ids)]
+        self.world.holds += 1
+        self.world.held += 1
+
+        def work() -> Any:
+            bad = [key in self.world.fail_loads or (key, self.part) not in self.world.blocks for key in keys]
+            return np.where(bad, int(Status.CORRUPT), 0).astype(np.int32)
+
+        return StandinHold(self.world, work, len(keys))
+
     @staticmethod
     def _entries(ids: Any, addresses: Any, how: dict[str, Any]) -> tuple[list[bytes], Any, list[int]]:
         keys = [one.tobytes() for one in block_ids(ids)]
@@ -128,7 +158,7 @@ class StandinStore:
             statuses = np.zeros(len(keys), dtype=np.int32)
             for i, (key, row, shard) in enumerate(zip(keys, rows, shards, strict=True)):
                 data = self.world.blocks.get((key, self.part))
-                if data is None or key in self.world.fail_loads:
+                if data is None or key in self.world.fail_loads or self.world.fail_layer == shard:
                     statuses[i] = Status.CORRUPT
                     for address, length in zip(row, self.slices, strict=True):
                         ctypes.memset(int(address), 0xA5, length)

@@ -17,7 +17,9 @@ from tiny_model import make
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
-LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere"}
+from ucm.integration.vllm.metadata import CAN_REPORT
+
+LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +306,86 @@ def test_changed_weights_never_hit_old_blocks(model: str, asynchronous: bool, de
     other.run()
     assert other.results["restarted"].tokens == expected(prompt, 8)
     assert world.loaded == 10
+
+
+def saved_by_another(model: str, asked: dict[str, list[int]], world: World) -> None:
+    first = Simulation(vllm_config(model, use_layerwise=True), world, layerwise=True)
+    for name, prompt in asked.items():
+        first.add(name, prompt)
+    first.run()
+    check(first, asked)
+
+
+HELD = ["held", "refused", "never", "damaged", "late damage"]
+"""What happens to holds."""
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+@pytest.mark.parametrize("what", HELD)
+def test_layers_are_loaded_from_held_blocks(model: str, asynchronous: bool, depth: int, what: str) -> None:
+    """Layer-wise: blocks are held before vLLM hears of them, then loaded inside a step. No room: whole blocks,
+    asynchronously. No answer, or damage: computed. Damage seen only inside the step: computed again, and
+    nothing that was computed from it is saved."""
+    world, asked = World(), prompts(10, seed=11)
+    saved_by_another(model, asked, world)
+    keys = sorted(key for key, _ in world.blocks)
+    if what == "damaged":
+        world.fail_loads = set(keys[::3])
+    world.refuse_holds, world.hold_holds = what == "refused", what == "never"
+    world.fail_layer = 1 if what == "late damage" else None
+    more = [9] * (4 * BLOCK)  # shares nothing, computes beside the loads
+    config = vllm_config(model, caching=False, use_layerwise=True)
+    sim = Simulation(config, world, asynchronous=asynchronous, layerwise=True)
+    for name, prompt in asked.items():
+        sim.add(name, prompt)
+    sim.add("more", more)
+    sim.run(steps=10**6, depth=depth)
+    check(sim, {**asked, "more": more})
+    received = sum(len(report.finished_recving or ()) for report in sim.reports)
+    invalid = sum(len(report.invalid_block_ids) for report in sim.reports)
+    if CAN_REPORT:
+        assert (received > 0) == (what == "refused")
+        assert (world.loaded > 0) == (what != "never")
+        assert (invalid > 0) == (what == "late damage")
+        assert world.holds > 0 or what == "refused"
+    assert world.held == 0
+    world.fail_loads, world.fail_layer, world.hold_holds = set(), None, False
+    last = Simulation(config, world, layerwise=True)
+    for name, prompt in asked.items():
+        last.add(name, prompt)
+    last.add("more", more)
+    last.run()
+    check(last, {**asked, "more": more})
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+@pytest.mark.parametrize("moment", range(6))
+def test_held_blocks_of_aborted_requests_are_released(
+    model: str, asynchronous: bool, depth: int, moment: int
+) -> None:
+    """Requests aborted before, during and after their hold leave none behind."""
+    world, asked = World(), prompts(8, seed=13)
+    saved_by_another(model, asked, world)
+    sim = Simulation(
+        vllm_config(model, caching=False, use_layerwise=True), world, asynchronous=asynchronous, layerwise=True
+    )
+    for name, prompt in asked.items():
+        sim.add(name, prompt)
+    world.hold_holds = moment % 2 == 0
+    for _ in range(moment):
+        sim.schedule()
+        while len(sim.pending) >= depth:
+            sim.deliver()
+    gone = [name for i, name in enumerate(asked) if i % 2]
+    for name in gone:
+        sim.abort(name)
+    world.hold_holds = False
+    sim.run(depth=depth)
+    for _ in range(3):
+        sim.step()
+    check(sim, {name: prompt for name, prompt in asked.items() if name not in gone})
+    assert world.held == 0
+    assert sim.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
 
 
 def test_asking_again_is_cheap(model: str) -> None:

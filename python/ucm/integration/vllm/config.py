@@ -16,6 +16,7 @@ import yaml
 
 CONFIG_FILE_KEY: Final = "UCM_CONFIG_FILE"
 ENGINE_BLOCK: Final = "ucm_connectors"
+DEFAULT_PIPELINE: Final = "Cache|Posix"
 
 
 class Handoff(Enum):
@@ -64,17 +65,23 @@ class ConnectorConfig:
     """A key of the engine. Any text that separates namespaces, for instance a tenant."""
     lookup_refresh_ms: int = 100
     """A key of the engine. How often a waiting request looks again."""
+    timeout_ms: int = 30_000
+    """A key of the engine. Deadline of each transfer."""
+    has_cache: bool = True
+    """Not a key: whether blocks can be held in DRAM."""
 
 
 class ConfigError(ValueError):
     """The file cannot be used; the text names the key and what is allowed."""
 
 
-ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms")
+ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms", "timeout_ms")
 """Keys of the engine's mapping that the connector has to know too."""
 
 _TOP_KEYS: Final = tuple(
-    f.name for f in fields(ConnectorConfig) if f.name not in ("text", "instance", "backends", *ENGINE_KEYS)
+    f.name
+    for f in fields(ConnectorConfig)
+    if f.name not in ("text", "instance", "backends", "has_cache", *ENGINE_KEYS)
 )
 
 
@@ -124,9 +131,12 @@ def parse(data: Mapping[str, Any], text: str) -> ConnectorConfig:
     }
     listed = engine.get("storage_backends") or ()
     backends = listed.split(":") if isinstance(listed, str) else [str(one) for one in listed]
-    if "Posix" not in str(engine.get("store_pipeline", "Posix")):
+    pipeline = str(engine.get("store_pipeline") or DEFAULT_PIPELINE)
+    if "Posix" not in pipeline:
         backends = []
-    return ConnectorConfig(text=text, backends=tuple(filter(None, backends)), **values)
+    return ConnectorConfig(
+        text=text, backends=tuple(filter(None, backends)), has_cache="Cache" in pipeline, **values
+    )
 
 
 def load(extra_config: Mapping[str, Any]) -> ConnectorConfig:

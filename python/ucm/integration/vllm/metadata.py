@@ -6,13 +6,18 @@ Plain data that pickles small; decides nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 WorkerMetadataBase: Any = getattr(base, "KVConnectorWorkerMetadata", object)
 """Missing before 0.18: there nothing but finished transfers travels back."""
+
+
+NO_HOLD: Final = 0
+REFUSED: Final = -1
+"""A worker's answer to a hold that it has no room for."""
 
 
 @dataclass(slots=True)
@@ -26,6 +31,16 @@ class Transfer:
     """vLLM's block number for each."""
     sources: bytes = b""
     """For each block of a load the byte order to read, see ``siblings.py``; empty: this server's own."""
+    hold: int = NO_HOLD
+    """Of a load: the hold that has the blocks in memory. They are loaded in this step, layer by layer."""
+
+
+@dataclass(slots=True)
+class Hold:
+    """Blocks that a worker brings into memory, verified, and keeps there until they are loaded."""
+
+    number: int
+    ids: bytes
 
 
 @dataclass
@@ -46,16 +61,32 @@ class StepMetadata(KVConnectorMetadata):
     """Requests whose blocks vLLM has just taken back."""
     blocking: list[str] = field(default_factory=list)
     """Requests whose saves must be persisted before this step ends."""
-    new_epoch: bool = False
-    """The weights changed: forget every stored block."""
+    holds: list[Hold] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    """Holds that are not needed any more and were not loaded."""
+
+
+CAN_REPORT: Final = WorkerMetadataBase is not object
+"""Whether a report reaches the scheduler side."""
 
 
 @dataclass
 class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
-    """How far the copies of saves are: all of steps up to ``copied_step`` are done."""
+    """What the scheduler side has to know of the workers, in every step and of every rank."""
 
     copied_step: int = 0
+    """The copies of all saves of steps up to this one are done."""
+    step: int = 0
+    """The step that was run; what failed in it was reported with it."""
+    holds: dict[int, int] = field(default_factory=dict)
+    """Of each hold that has ended, and was neither loaded nor released, how many blocks from its first are in
+    memory; or ``REFUSED``."""
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
-        """The report of several ranks: the slowest counts."""
-        return WorkerReport(min(self.copied_step, other.copied_step))
+        """The report of several ranks: the slowest counts, and the one that holds least."""
+        both = self.holds.keys() & other.holds.keys()
+        return WorkerReport(
+            min(self.copied_step, other.copied_step),
+            min(self.step, other.step),
+            {number: min(self.holds[number], other.holds[number]) for number in both},
+        )

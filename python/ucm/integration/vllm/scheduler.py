@@ -15,7 +15,8 @@ from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.config import ConnectorConfig, Handoff
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
-from ucm.integration.vllm.metadata import StepMetadata, Transfer
+from ucm.integration.vllm.holds import Held, Holds
+from ucm.integration.vllm.metadata import CAN_REPORT, StepMetadata, Transfer
 from ucm.integration.vllm.namespace import Namespace
 from ucm.integration.vllm.siblings import Siblings
 from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
@@ -35,9 +36,8 @@ class RequestState:
     """What the scheduler side knows of one request."""
 
     __slots__ = (
-        "cap", "chain",
-        "frozen", "hits", "load_first", "load_slots", "lookup_at", "lookup_key", "request",
-        "save_step", "saved", "sources", "table", "told", "wait",
+        "cap", "chain", "frozen", "held", "hits", "in_step", "load_first", "load_slots", "lookup_at",
+        "lookup_key", "request", "save_step", "saved", "sources", "table", "told", "wait", "whole",
     )  # fmt: skip
 
     def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
@@ -60,7 +60,13 @@ class RequestState:
         """Blocks from this one on failed to load and are not asked for again."""
         self.load_first = 0
         self.load_slots: list[int] | None = None
-        """The blocks of an asynchronous load that is under way."""
+        """The blocks of the load that is under way."""
+        self.in_step = False
+        """Whether that load is part of a step; else vLLM keeps the request waiting for it."""
+        self.held: Held | None = None
+        """The hold for the load to come."""
+        self.whole = False
+        """It loads whole blocks, since they could not be held."""
         self.told = False
         self.frozen = False
         """The weights changed while it ran: it neither loads nor saves."""
@@ -95,6 +101,14 @@ class SchedulerSide:
         self._epoch = b""
         """Empty until the weights change under the running server."""
         self._copied_step = 0
+        self._holds = Holds(config.timeout_ms)
+        self._loads_in_step = (
+            config.use_layerwise and config.has_cache and CAN_REPORT and config.handoff is Handoff.PROMISE
+        )
+        self._doubtful_step = 0
+        """The last step that loads blocks in itself."""
+        self._seen_step = 0
+        """The last step whose failures are known."""
         self._computes = False
         self.stats = UcmStats()
 
@@ -142,7 +156,38 @@ class SchedulerSide:
         tokens = state.hits * size
         if tokens == 0 or tokens < self._config.load_tokens_threshold:
             return 0, False
-        return tokens, True
+        if not self._loads_in_step or state.whole or state.sources:
+            return tokens, True
+        return self._held_tokens(state, first, now)
+
+    def _held_tokens(self, state: RequestState, first: int, now: float) -> tuple[int | None, bool]:
+        """What of the hits is in the workers' memory, so that a step can load it layer by layer."""
+        held = state.held
+        if held is None or not held.covers(first):
+            self._holds.release(self._step, held)
+            ids = state.chain.upto(state.request, first + state.hits)[first:]
+            state.held = self._holds.ask(self._step, ids, first, now)
+            return None, False
+        if held.ready is None and now < held.deadline:
+            return None, False
+        if held.is_refused:
+            self._release(state)
+            state.whole = True
+            return state.hits * self._block_tokens, True
+        if held.ready is None:
+            self.stats.add("hold_timeouts")
+            logger.warning("request %s: no worker said that its blocks are held", state.request.request_id)
+        if held.is_short or held.ready is None:
+            state.cap = held.end  # what cannot be read is computed
+        blocks = min(held.end - first, state.hits)
+        if blocks <= 0:
+            self._release(state)
+            return 0, False
+        return blocks * self._block_tokens, False
+
+    def _release(self, state: RequestState) -> None:
+        self._holds.release(self._step, state.held)
+        state.held = None
 
     def _is_short(self, request: Any) -> bool:
         return bool(request.num_prompt_tokens < self._config.persist_token_threshold)
@@ -217,6 +262,9 @@ class SchedulerSide:
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """vLLM has given memory to the tokens that ``matched`` promised."""
         if external_tokens <= 0:
+            unused = self._requests.get(request.request_id)
+            if unused is not None:
+                self._release(unused)
             return
         state = self._requests[request.request_id]
         table = list(blocks.get_block_ids()[0])
@@ -228,7 +276,13 @@ class SchedulerSide:
         state.load_first, state.load_slots = first, slots
         state.lookup_key = (-1, -1)
         self.stats.add("hit_tokens", external_tokens)
-        self._step.loads.append(Transfer(request.request_id, ids.tobytes(), slots, state.sources[:count]))
+        load = Transfer(request.request_id, ids.tobytes(), slots, state.sources[:count])
+        held, state.held = state.held, None
+        state.in_step = held is not None
+        if held is not None:
+            load.hold = held.number
+            self._holds.loaded(held)
+        self._step.loads.append(load)
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -236,12 +290,15 @@ class SchedulerSide:
         """The metadata of the step that was just scheduled."""
         step, self._step = self._step, StepMetadata(number=self._step.number + 1)
         step.computes = self._computes = scheduler_output.total_num_scheduled_tokens > 0
+        if any(load.hold for load in step.loads):
+            self._doubtful_step = step.number
         step.preempted = list(getattr(scheduler_output, "preempted_req_ids", None) or ())
         for request_id in step.preempted:
             state = self._requests.get(request_id)
             if state is not None:
                 state.save_step = 0  # the worker waits for these copies before it goes on
                 state.table = []
+                state.load_slots = None
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, scheduled)
@@ -267,6 +324,8 @@ class SchedulerSide:
             state.table.extend(new)
         if not self._saves or self._is_short(state.request):
             return
+        if self._doubtful_step > self._seen_step:
+            return  # a block of a load in a step may turn out to be invalid: nothing computed from it is saved
         # Only confirmed tokens are hashed: placeholders of asynchronous scheduling and rejected
         # drafts are not in num_tokens.
         tokens = min(computed + scheduled[request_id], state.request.num_tokens)
@@ -300,7 +359,8 @@ class SchedulerSide:
         """The workers' report of a step."""
         report = getattr(output, "kv_connector_worker_meta", None)
         if report is not None:
-            self._copied_step = report.copied_step
+            self._copied_step, self._seen_step = report.copied_step, report.step
+            self._holds.answered(report.holds)
         invalid = output.invalid_block_ids or ()
         if invalid:
             for state in self._requests.values():
@@ -316,6 +376,7 @@ class SchedulerSide:
         if bad:
             # What failed once is computed; asking again could fail for ever.
             state.cap = state.load_first + bad[0]
+            state.saved = min(state.saved, state.cap)
 
     def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request is over: whether its memory must stay, and what the answer announces."""
@@ -327,7 +388,8 @@ class SchedulerSide:
         if complete and self._saves:
             self._save_rest(state, block_ids)
         params = self._announce(state) if complete and self._saves else None
-        if state.load_slots is not None:
+        self._release(state)
+        if state.load_slots is not None and not state.in_step:
             return False, params  # vLLM keeps the memory until the load has ended
         held = state.save_step > self._copied_step
         if held:
@@ -336,9 +398,12 @@ class SchedulerSide:
 
     def _save_rest(self, state: RequestState, block_ids: list[int]) -> None:
         """Blocks whose last token was confirmed only by the output that ended the request."""
-        if not self._config.save_decode_blocks or not state.table:
+        if not state.table or self._is_short(state.request):
             return
-        full = (state.request.num_tokens - 1) // self._block_tokens
+        tokens = state.request.num_tokens - 1
+        if not self._config.save_decode_blocks:
+            tokens = min(tokens, state.request.num_prompt_tokens)
+        full = tokens // self._block_tokens
         transfer = self._transfer(state, full, list(block_ids))
         if transfer is not None:
             self._step.late.append(transfer)
@@ -367,6 +432,7 @@ class SchedulerSide:
         self._epoch = secrets.token_bytes(EPOCH_BYTES)
         for state in self._requests.values():
             state.frozen = True  # its chain names the old weights, its memory holds both
+            self._release(state)
         logger.info("weights changed: epoch %s, stored blocks are not used any more", self._epoch.hex())
         return True
 

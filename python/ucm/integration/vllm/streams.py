@@ -18,6 +18,11 @@ class ComputeStream:
         self._module: Any = None if device_type == "cpu" else getattr(torch, device_type)
         self._event: Any = None
 
+    @property
+    def is_device(self) -> bool:
+        """Whether there is a stream that can be made to wait."""
+        return self._module is not None
+
     def record(self) -> int | None:
         """The native handle of an event that stands for all work enqueued so far."""
         if self._module is None:

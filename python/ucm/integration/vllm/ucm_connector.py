@@ -207,10 +207,12 @@ class UCMConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(self._step())
+            mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", "")
+            self._worker.start_loads(self._step(), whole_graph=mode == "FULL")
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return
+        if self._worker is not None:
+            self._worker.wait_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         if self._worker is not None:

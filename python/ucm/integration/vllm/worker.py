@@ -19,6 +19,7 @@ from ucm.integration.vllm.batches import Batches, Entries, good_blocks
 from ucm.integration.vllm.config import ConnectorConfig
 from ucm.integration.vllm.converters import Converters
 from ucm.integration.vllm.geometry import Layout
+from ucm.integration.vllm.layer_loads import StepLoad, WorkerHolds
 from ucm.integration.vllm.metadata import StepMetadata, Transfer, WorkerReport
 from ucm.integration.vllm.rank import Rank
 from ucm.integration.vllm.siblings import OWN
@@ -77,6 +78,11 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._part_bytes = layout.part_bytes
         self._loads: list[LoadJob] = []
+        self._holds = WorkerHolds(store, possible=batches.layerwise)
+        self._step_load: StepLoad | None = None
+        """The load inside the running step."""
+        self._copying: list[StepLoad] = []
+        """Loads of steps whose copies may be under way on the device."""
         self._saves: list[SaveJob] = []
         self._current: SaveJob | None = None
         """The saves of the step that is running, while its layers are computed."""
@@ -103,10 +109,37 @@ class WorkerSide:
         elif self._rank.saves:
             self._current = SaveJob(step.saves, step.number)
 
-    def start_loads(self, step: StepMetadata) -> None:
-        """Submits this step's loads, all requests at once."""
+    def start_loads(self, step: StepMetadata, *, whole_graph: bool) -> None:
+        """Submits this step's loads, all requests at once. ``whole_graph``: no layer says when it begins."""
+        self._holds.begin(step.holds, step.released)
+        inside = [transfer for transfer in step.loads if transfer.hold]
         for transfer in step.loads:
-            self._load(transfer)
+            if not transfer.hold:
+                self._load(transfer)
+        if inside:
+            holds = [task for task in (self._holds.take(one.hold) for one in inside) if task is not None]
+            self._step_load = StepLoad(inside, holds, self._store, self._batches, self._stream.record())
+            self.stats.add("loads", len(inside))
+            if whole_graph:
+                self._step_load.wait_all(self._stream)
+
+    def wait_layer(self, name: str) -> None:
+        """A layer of the running step is about to be computed."""
+        number = self._batches.layers.get(name)
+        if self._step_load is not None and number is not None:
+            self._step_load.wait(number, self._stream)
+
+    def _finish_step_load(self) -> None:
+        load, self._step_load = self._step_load, None
+        if load is not None:
+            load.wait_all(self._stream)
+            first = 0
+            for transfer in load.transfers:
+                end = first + len(transfer.slots)
+                self._account(transfer, load.good[first:end], load.started, load.reason)
+                first = end
+            self._copying.append(load)
+        self._copying = [one for one in self._copying if not one.is_over()]
 
     def _load(self, transfer: Transfer) -> None:
         job = LoadJob(transfer)
@@ -202,6 +235,7 @@ class WorkerSide:
     def finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose copies are done and whose memory may go; requests whose loads are over."""
         received = self._finish_loads()
+        self._finish_step_load()
         self._finish_saves()
         busy: set[str] = set()
         for job in self._saves:
@@ -220,26 +254,31 @@ class WorkerSide:
                 left.append(job)
                 continue
             received.add(job.transfer.request)
-            self._account(job)
+            self._account_load(job)
         self._loads = left
         return received
 
-    def _account(self, job: LoadJob) -> None:
-        slots = job.transfer.slots
-        good = np.zeros(len(slots), dtype=bool)
+    def _account_load(self, job: LoadJob) -> None:
+        good = np.zeros(len(job.transfer.slots), dtype=bool)
         for task, index in job.parts:
             good[index] = self._good(task, len(index))
+        reason = next((task.error() for task, i in job.parts if not good[i].all()), "refused")
+        self._account(job.transfer, good, job.started, reason)
+
+    def _account(
+        self, transfer: Transfer, good: npt.NDArray[np.bool_], started: float, reason: str
+    ) -> None:
+        slots = transfer.slots
         if not good.all():
-            reason = next((task.error() for task, i in job.parts if not good[i].all()), "refused")
             logger.warning(
                 "request %s: %d of %d blocks could not be loaded and are computed: %s",
-                job.transfer.request, int((~good).sum()), len(slots), reason,
+                transfer.request, int((~good).sum()), len(slots), reason,
             )  # fmt: skip
         bad = np.flatnonzero(~good)
         self._invalid.update(slots[i] for i in bad)
         loaded = int(good.sum())
         useful = int(bad[0]) if len(bad) else len(slots)
-        self.stats.add("load_seconds", time.monotonic() - job.started)
+        self.stats.add("load_seconds", time.monotonic() - started)
         self.stats.add("loaded_blocks", loaded)
         self.stats.add("loaded_bytes", loaded * self._part_bytes)
         if len(bad):
@@ -292,7 +331,8 @@ class WorkerSide:
     def report(self) -> WorkerReport:
         """How far the copies are. Every rank reports in every step, so that the slowest counts."""
         pending = [job.step for job in self._saves if not job.copied]
-        return WorkerReport(min(pending) - 1 if pending else self._submitted_step)
+        copied = min(pending) - 1 if pending else self._submitted_step
+        return WorkerReport(copied, self._step, self._holds.report(self.stats))
 
     def take_invalid(self) -> set[int]:
         """Blocks that failed to load since the last call."""
@@ -331,5 +371,6 @@ class WorkerSide:
         self._finish_saves()
         if self._saves:
             logger.warning("%d saves were not finished in time and are lost", len(self._saves))
+        self._holds.close()
         self._converters.close()
         self._store.close()
