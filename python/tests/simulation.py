@@ -61,6 +61,8 @@ class Running:
 
     tokens: list[int]
     table: list[int]
+    prompt: int
+    """Tokens of the prompt."""
 
 
 @dataclass
@@ -166,16 +168,16 @@ class Simulation:
     def run(self, steps: int = 400, depth: int = 1) -> None:
         """Steps until nothing is left; ``depth`` outputs are in flight."""
         for _ in range(steps):
-            if not self.scheduler.has_requests() and not self.pending:
-                self.settle()
-                return
+            if not self.scheduler.has_requests():
+                break
             self.schedule()
             while len(self.pending) >= depth:
                 self.deliver()
         while self.pending:
             self.deliver()
-        left = list(self.scheduler.requests)
-        assert not left, f"requests {left} are stuck"
+        waiting = [name for name, one in self.scheduler.requests.items() if not one.is_finished()]
+        assert not waiting, f"requests {waiting} are stuck"
+        self.settle()
 
     def settle(self) -> None:
         """Steps until held requests are free."""
@@ -228,7 +230,9 @@ class Simulation:
     def _forward(self, output: Any) -> dict[str, list[int]]:
         starts: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
-            self.running[new.req_id] = Running(list(new.prompt_token_ids), list(new.block_ids[0]))
+            self.running[new.req_id] = Running(
+                list(new.prompt_token_ids), list(new.block_ids[0]), len(new.prompt_token_ids)
+            )
             starts[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
@@ -238,6 +242,8 @@ class Simulation:
                 state.tokens = list(self.scheduler.requests[name].all_token_ids)
             elif blocks:
                 state.table += blocks[0]
+            # Output of a step whose load failed was thrown away by the scheduler.
+            del state.tokens[state.prompt + cached.num_output_tokens[i] :]
             starts[name] = cached.num_computed_tokens[i]
         return {
             name: self._compute(self.running[name], starts[name], count)

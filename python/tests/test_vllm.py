@@ -75,6 +75,43 @@ def test_damaged_bytes_are_seen(bench: Bench, plain: list[dict[str, Any]]) -> No
             assert second["counters"].get("ucm_load_failed_blocks", 0) > 0
 
 
+def test_speculative_decoding_after_a_blocking_handoff(bench: Bench, plain: list[dict[str, Any]]) -> None:
+    """``handoff: blocking``: what an answered prompt announces is there though its server dies with the answer.
+    Drafts from n-grams change nothing of what is saved, loaded or answered."""
+    engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+    config = bench.config("kv-blocking", handoff="blocking", save_wait_ms=60000)
+    long = [one for one in PROMPTS if len(one) > BLOCK]
+    first = bench.run([{"prompts": long, "tokens": 1, "hasty": True}], config=config, engine=engine, dies=True)
+    want = plain[0]["outputs"]
+    assert [out[0] for out in first[0]["outputs"]] == [
+        out[0] for out, one in zip(want, PROMPTS, strict=True) if len(one) > BLOCK
+    ]
+    second = bench.run([{"prompts": PROMPTS}, {"prompts": PROMPTS, "reset": True}], config=config, engine=engine)
+    assert loaded(second[0]) == loadable(long)
+    assert [phase["outputs"] for phase in second] == [want, want]
+    assert second[0]["counters"].get("vllm:spec_decode_num_draft_tokens", 0) > 0
+
+
+def test_shutdown_flushes(bench: Bench, plain: list[dict[str, Any]]) -> None:
+    """A server that is shut down right after its last answer has saved everything that the next one loads."""
+    config = bench.config("kv-shutdown")
+    bench.run([{"prompts": PROMPTS, "hasty": True}], config=config, stops=True)
+    phase = bench.run([{"prompts": PROMPTS}], config=config)[0]
+    assert phase["outputs"] == plain[0]["outputs"]
+    assert loaded(phase) == loadable(PROMPTS)
+
+
+def test_two_ranks(bench: Bench) -> None:
+    """Tensor parallelism of 2 against plain vLLM with the same: its tokens differ from those of one rank."""
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    reference = bench.run([{"prompts": PROMPTS}], engine=engine)
+    config = bench.config("kv-ranks")
+    first = bench.run([{"prompts": PROMPTS}], engine=engine, config=config)
+    second = bench.run([{"prompts": PROMPTS}], engine=engine, config=config)
+    assert first[0]["outputs"] == second[0]["outputs"] == reference[0]["outputs"]
+    assert loaded(second[0]) == external(second[0]) == loadable(PROMPTS)
+
+
 OTHER = os.environ.get("UCM_TEST_OTHER_PYTHON", "")
 """The interpreter of a vLLM of another version."""
 

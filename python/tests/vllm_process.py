@@ -8,6 +8,7 @@ process is what a user would start.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,8 @@ def run(llm: Any, phase: dict[str, Any]) -> dict[str, Any]:
         done = llm.generate(prompts, params, use_tqdm=False)
         outputs = [list(one.outputs[0].token_ids) for one in done]
     took = time.perf_counter() - started
-    time.sleep(0.5)  # saves and their statistics settle
+    if not phase.get("hasty"):
+        time.sleep(0.5)  # saves and their statistics settle
     after = counters(llm)
     result = {"outputs": outputs, "seconds": took}
     result["counters"] = {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
@@ -120,6 +122,10 @@ def main() -> None:
     llm = engine(job)
     results = [run(llm, phase) for phase in job["phases"]]
     Path(job["result"]).write_text(json.dumps(results))
+    if job.get("dies"):
+        os._exit(0)  # nothing is flushed or shut down
+    if job.get("stops"):
+        llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
