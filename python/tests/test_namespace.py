@@ -69,7 +69,10 @@ def test_equal_servers_share(model: str, tmp_path: Path) -> None:
         ({"dtype": "float32"}, "dtype"),
         ({"block_size": 64}, "block_size"),
         ({"hf_overrides": {"rope_theta": 500000.0}}, "model"),
-        ({"hf_overrides": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}}, "model"),
+        (
+            {"hf_overrides": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}},
+            "model",
+        ),
         ({"pipeline_parallel_size": 2}, "pp"),
         ({"tensor_parallel_size": 2}, "tp"),
     ],
@@ -83,7 +86,9 @@ def test_what_decides_content(model: str, arguments: dict[str, Any], field: str)
 
 def test_other_weights(model: str, tmp_path: Path) -> None:
     """The same configuration over other weights is another model."""
-    assert namespace(vllm_config(str(make(tmp_path, seed=1)))).logical != namespace(vllm_config(model)).logical
+    assert (
+        namespace(vllm_config(str(make(tmp_path, seed=1)))).logical != namespace(vllm_config(model)).logical
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,10 +97,17 @@ def test_other_weights(model: str, tmp_path: Path) -> None:
         ("cache_config", "calculate_kv_scales", True, "--calculate-kv-scales"),
         ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
         ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
-        ("parallel_config", "pipeline_parallel_size", 3, r"--pipeline-parallel-size 3: the stages hold \[1, 2, 1\]"),
+        (
+            "parallel_config",
+            "pipeline_parallel_size",
+            3,
+            r"--pipeline-parallel-size 3: the stages hold \[1, 2, 1\]",
+        ),
     ],
 )
-def test_unsafe_configurations_are_refused(model: str, section: str, name: str, value: Any, words: str) -> None:
+def test_unsafe_configurations_are_refused(
+    model: str, section: str, name: str, value: Any, words: str
+) -> None:
     """What would put different bytes under one name is refused, by the flag's name."""
     config = vllm_config(model)
     object.__setattr__(getattr(config, section), name, value)
@@ -114,7 +126,9 @@ def test_parts_of_pipeline_stages() -> None:
 
 
 def full(heads: int = 2, **more: Any) -> Any:
-    return kv.FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=32, dtype=torch.bfloat16, **more)
+    return kv.FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=heads, head_size=32, dtype=torch.bfloat16, **more
+    )
 
 
 def window() -> Any:
@@ -148,7 +162,12 @@ def test_hybrid_models_are_refused() -> None:
 def test_log_names_the_difference(model: str, tmp_path: Path) -> None:
     """Of two namespaces in one directory that differ in one thing, the thing is found, with both values."""
     other = namespace(vllm_config(model, dtype="float32"))
-    options = {"store_pipeline": "Posix", "cache_buffer_capacity_gb": 0.02, "block_size": 4096, "device": "host"}
+    options = {
+        "store_pipeline": "Posix",
+        "cache_buffer_capacity_gb": 0.02,
+        "block_size": 4096,
+        "device": "host",
+    }
     memory = torch.zeros(4096, dtype=torch.uint8)
     with Store(storage_backends=str(tmp_path), **options, **other.engine_options()) as store:
         store.save([bytes(16)], [[memory.data_ptr()]]).wait()

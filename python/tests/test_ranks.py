@@ -60,12 +60,16 @@ class Worker:
         return [one // parts for one in self.layout.slice_lengths]
 
     def save(self) -> None:
-        entries = Batches(self.layout, layerwise=False).whole(np.frombuffer(b"".join(IDS), np.uint8).reshape(-1, 16), SLOTS)
+        entries = Batches(self.layout, layerwise=False).whole(
+            np.frombuffer(b"".join(IDS), np.uint8).reshape(-1, 16), SLOTS
+        )
         if self.rank.saves:
             self.store.save(entries.ids, entries.addresses).wait()
 
     def load(self) -> None:
-        entries = Batches(self.layout, layerwise=False).whole(np.frombuffer(b"".join(IDS), np.uint8).reshape(-1, 16), SLOTS)
+        entries = Batches(self.layout, layerwise=False).whole(
+            np.frombuffer(b"".join(IDS), np.uint8).reshape(-1, 16), SLOTS
+        )
         self.store.load(entries.ids, entries.addresses).wait()
 
 
@@ -73,7 +77,9 @@ def fill(layer: int, block: int, heads: range, tokens: int, width: int) -> Any:
     """The KV of some heads of one layer and block: every number names its place."""
     out = np.zeros((len(heads), tokens, width), dtype=np.uint16)
     for i, head in enumerate(heads):
-        out[i] = (np.arange(tokens * width).reshape(tokens, width) * 7 + head * 1009 + layer * 31 + block) % 65521
+        out[i] = (
+            np.arange(tokens * width).reshape(tokens, width) * 7 + head * 1009 + layer * 31 + block
+        ) % 65521
     return out
 
 

@@ -47,7 +47,9 @@ def test_command_of_the_documentation(bench: Bench, plain: list[dict[str, Any]])
     """The documented command with the example file: saved, stopped, and loaded by a new server."""
     text = EXAMPLE.read_text()
     assert "/mnt/test1" in text
-    small = text.replace("/mnt/test1", str(bench.root / "kv-serve")).replace("capacity_gb: 32", "capacity_gb: 0.25")
+    small = text.replace("/mnt/test1", str(bench.root / "kv-serve")).replace(
+        "capacity_gb: 32", "capacity_gb: 0.25"
+    )
     yaml_file = bench.root / "example.yaml"
     yaml_file.write_text(small)
     seen = []
@@ -85,7 +87,8 @@ def test_storage_fails_under_a_running_server(
     switch.write_text("none")
     yaml_file = bench.file("kv-faults", store_pipeline="Posix", io_engine="psync", timeout_ms=1000)
     faults = {
-        "LD_PRELOAD": str(fault_library), "UCM_FAULT_DIRECTORY": str(directory), "UCM_FAULT_SWITCH": str(switch),
+        "LD_PRELOAD": str(fault_library), "UCM_FAULT_DIRECTORY": str(directory),
+        "UCM_FAULT_SWITCH": str(switch),
     }  # fmt: skip
     want = plain[0]["outputs"]
     with server(bench, "faults", yaml_file, **faults).wait() as one:
@@ -140,7 +143,9 @@ def test_other_server_is_killed(bench: Bench) -> None:
     """200 concurrent requests with shared prefixes on two servers of one directory, one of them killed."""
     rng = random.Random(5)
     shared = [prompt(length, 80) for length in (64, 160, 400)]
-    prompts = [rng.choice(shared)[: rng.randrange(1, 400)] + prompt(rng.randrange(1, 90), i) for i in range(CLIENTS)]
+    prompts = [
+        rng.choice(shared)[: rng.randrange(1, 400)] + prompt(rng.randrange(1, 90), i) for i in range(CLIENTS)
+    ]
     want = bench.run([{"prompts": prompts, "tokens": 8}])[0]["outputs"]
     yaml_file = bench.file("kv-two")
     with server(bench, "stays", yaml_file) as stays, server(bench, "dies", yaml_file) as dies:

@@ -271,6 +271,6 @@ def test_held_blocks_stay_until_the_task_is_freed(tmp_path: Path) -> None:
         with pytest.raises(errors.UcmError):
             partly.wait()
         assert partly.statuses().tolist() == [errors.Status.OK, errors.Status.NOT_FOUND]
-    with ucm.Store(**options(tmp_path, store_pipeline="Posix")) as store:
-        with pytest.raises(errors.UcmError, match="store_pipeline"):
-            store.hold(ids[:1])
+    whole = options(tmp_path, store_pipeline="Posix")
+    with ucm.Store(**whole) as store, pytest.raises(errors.UcmError, match="store_pipeline"):
+        store.hold(ids[:1])

@@ -76,17 +76,21 @@ def test_damaged_bytes_are_seen(bench: Bench, plain: list[dict[str, Any]]) -> No
 
 
 def test_speculative_decoding_after_a_blocking_handoff(bench: Bench, plain: list[dict[str, Any]]) -> None:
-    """``handoff: blocking``: what an answered prompt announces is there though its server dies with the answer.
-    Drafts from n-grams change nothing of what is saved, loaded or answered."""
+    """``handoff: blocking``: what an answered prompt announces is there though its server dies with
+    the answer. Drafts from n-grams change nothing of what is saved, loaded or answered."""
     engine = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
     config = bench.config("kv-blocking", handoff="blocking", save_wait_ms=60000)
     long = [one for one in PROMPTS if len(one) > BLOCK]
-    first = bench.run([{"prompts": long, "tokens": 1, "hasty": True}], config=config, engine=engine, dies=True)
+    first = bench.run(
+        [{"prompts": long, "tokens": 1, "hasty": True}], config=config, engine=engine, dies=True
+    )
     want = plain[0]["outputs"]
     assert [out[0] for out in first[0]["outputs"]] == [
         out[0] for out, one in zip(want, PROMPTS, strict=True) if len(one) > BLOCK
     ]
-    second = bench.run([{"prompts": PROMPTS}, {"prompts": PROMPTS, "reset": True}], config=config, engine=engine)
+    second = bench.run(
+        [{"prompts": PROMPTS}, {"prompts": PROMPTS, "reset": True}], config=config, engine=engine
+    )
     assert loaded(second[0]) == loadable(long)
     assert [phase["outputs"] for phase in second] == [want, want]
     assert second[0]["counters"].get("vllm:spec_decode_num_draft_tokens", 0) > 0

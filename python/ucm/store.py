@@ -120,7 +120,7 @@ class Options:
 
 
 class Task:
-    """A save or a load that is under way, or a hold. Dropping it does not stop a save or a load; it ends a hold.
+    """A save or a load that is under way, or a hold. Dropping it stops no save and no load; it ends a hold.
 
     It keeps the tensors it was given alive until it is dropped.
     """

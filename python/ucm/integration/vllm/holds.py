@@ -14,7 +14,7 @@ from ucm.integration.vllm.metadata import REFUSED, Hold, StepMetadata
 from ucm.store import BlockIds
 
 GRACE: Final = 2
-"""The workers end a hold by the store's deadline; the scheduler waits this many times as long for word of it."""
+"""The workers end a hold by the store's deadline; the scheduler waits this many times as long."""
 
 
 class Held:
@@ -30,7 +30,7 @@ class Held:
         """Blocks that were asked for."""
         self.deadline = deadline
         self.ready: int | None = None
-        """How many of them, from the first, are in the memory of every rank; ``REFUSED``; None: not known yet."""
+        """How many of them, from the first, are in the memory of every rank; ``REFUSED``; None: not known."""
 
     def covers(self, first: int) -> bool:
         """Whether it can serve a load that begins at this block."""

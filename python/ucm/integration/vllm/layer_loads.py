@@ -76,7 +76,9 @@ class WorkerHolds:
             return REFUSED
         bad = np.flatnonzero(statuses)
         if len(bad):
-            logger.warning("%d of %d blocks cannot be loaded and are computed: %s", len(bad), len(statuses), task.error())
+            logger.warning(
+                "%d of %d blocks cannot be loaded and are computed: %s", len(bad), len(statuses), task.error()
+            )
         return int(bad[0]) if len(bad) else len(statuses)
 
     def close(self) -> None:
@@ -88,7 +90,9 @@ class WorkerHolds:
 class StepLoad:
     """The load of all requests whose held blocks a step loads."""
 
-    def __init__(self, transfers: list[Transfer], holds: list[Any], store: Any, batches: Batches, event: Any) -> None:
+    def __init__(
+        self, transfers: list[Transfer], holds: list[Any], store: Any, batches: Batches, event: Any
+    ) -> None:
         self.transfers = transfers
         self.started = time.monotonic()
         self.reason = ""
@@ -102,7 +106,9 @@ class StepLoad:
         for number in batches.layers.values():
             entries = batches.layer(number, ids, slots)
             try:
-                self._waiting[number] = store.load(entries.ids, entries.addresses, shards=entries.shards, event=event)
+                self._waiting[number] = store.load(
+                    entries.ids, entries.addresses, shards=entries.shards, event=event
+                )
             except UcmError as error:
                 self._fail(str(error))
         self._copying: list[Any] = []

@@ -77,7 +77,9 @@ NEIGHBOURS_MAX: Final = 64
 """Namespaces of a directory that are compared with a server's own."""
 
 
-def neighbours(mine: Namespace, directories: Iterable[str]) -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
+def neighbours(
+    mine: Namespace, directories: Iterable[str]
+) -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
     """Other namespaces in these directories: the path, and for each differing field this server's value
     and the other's. What cannot be read is left out: it is only told of."""
     own = {"order": mine.order, **mine.fields}

@@ -129,8 +129,8 @@ def refuse_unsafe(vllm_config: Any) -> None:
         counts = [layers_of(vllm_config, stage) for stage in range(stages)]
         if len(set(counts)) > 1:
             raise NamespaceError(
-                f"--pipeline-parallel-size {stages}: the stages hold {counts} layers, but the parts of a block "
-                "have one size; choose a number of stages that divides the layers, or VLLM_PP_LAYER_PARTITION"
+                f"--pipeline-parallel-size {stages}: the stages hold {counts} layers, but the parts of a "
+                "block have one size; choose a number of stages that divides the layers, or VLLM_PP_LAYER_PARTITION"
             )
 
 

@@ -325,7 +325,7 @@ class SchedulerSide:
         if not self._saves or self._is_short(state.request):
             return
         if self._doubtful_step > self._seen_step:
-            return  # a block of a load in a step may turn out to be invalid: nothing computed from it is saved
+            return  # a block that a step loads may turn out to be invalid: nothing computed from it is saved
         # Only confirmed tokens are hashed: placeholders of asynchronous scheduling and rejected
         # drafts are not in num_tokens.
         tokens = min(computed + scheduled[request_id], state.request.num_tokens)

@@ -108,7 +108,11 @@ class UCMConnector(KVConnectorBase_V1):
             if len(fields) == 1:
                 for name, (mine, other) in fields.items():
                     logger.info(
-                        "%s holds blocks of a namespace that differs in %s: %r here, %r there", path, name, mine, other
+                        "%s holds blocks of a namespace that differs in %s: %r here, %r there",
+                        path,
+                        name,
+                        mine,
+                        other,
                     )
 
     def _siblings(self) -> Siblings:

@@ -265,9 +265,7 @@ class WorkerSide:
         reason = next((task.error() for task, i in job.parts if not good[i].all()), "refused")
         self._account(job.transfer, good, job.started, reason)
 
-    def _account(
-        self, transfer: Transfer, good: npt.NDArray[np.bool_], started: float, reason: str
-    ) -> None:
+    def _account(self, transfer: Transfer, good: npt.NDArray[np.bool_], started: float, reason: str) -> None:
         slots = transfer.slots
         if not good.all():
             logger.warning(
