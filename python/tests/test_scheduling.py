@@ -324,9 +324,9 @@ HELD = ["held", "refused", "never", "damaged", "late damage"]
 @pytest.mark.parametrize("what", HELD)
 def test_layers_are_loaded_from_held_blocks(model: str, asynchronous: bool, depth: int, what: str) -> None:
     """Layer-wise: blocks are held before vLLM hears of them, then loaded inside a step. No room: whole
-    blocks, asynchronously. No answer, or damage: computed. Damage seen only inside the step: computed again, and
-    nothing that was computed from it is saved. (Not under asynchronous scheduling: there vLLM delivers the
-    next step first, which is why blocks are held.)"""
+    blocks, asynchronously. No answer, or damage: computed. Damage seen only inside the step: computed again,
+    and nothing that was computed from it is saved. (Not under asynchronous scheduling: there vLLM delivers
+    the next step first, which is why blocks are held.)"""
     if what == "late damage" and asynchronous:
         return
     world, asked = World(), prompts(10, seed=11)

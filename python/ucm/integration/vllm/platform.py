@@ -130,7 +130,8 @@ def refuse_unsafe(vllm_config: Any) -> None:
         if len(set(counts)) > 1:
             raise NamespaceError(
                 f"--pipeline-parallel-size {stages}: the stages hold {counts} layers, but the parts of a "
-                "block have one size; choose a number of stages that divides the layers, or VLLM_PP_LAYER_PARTITION"
+                "block have one size; choose a number of stages that divides the layers, or set "
+                "VLLM_PP_LAYER_PARTITION"
             )
 
 

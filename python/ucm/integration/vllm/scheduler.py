@@ -15,9 +15,10 @@ from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.config import ConnectorConfig, Handoff
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
-from ucm.integration.vllm.holds import Held, Holds
+from ucm.integration.vllm.holds import Holds
 from ucm.integration.vllm.metadata import CAN_REPORT, StepMetadata, Transfer
 from ucm.integration.vllm.namespace import Namespace
+from ucm.integration.vllm.request_state import RequestState
 from ucm.integration.vllm.siblings import Siblings
 from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
 
@@ -30,46 +31,6 @@ LOOKUP_KEEP_S: Final = 1.0
 """A request that waits for memory is looked up again this often, in case blocks were evicted."""
 
 logger = logging.getLogger("vllm.ucm.scheduler")
-
-
-class RequestState:
-    """What the scheduler side knows of one request."""
-
-    __slots__ = (
-        "cap", "chain", "frozen", "held", "hits", "in_step", "load_first", "load_slots", "lookup_at",
-        "lookup_key", "request", "save_step", "saved", "sources", "table", "told", "wait", "whole",
-    )  # fmt: skip
-
-    def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
-        self.request = request
-        self.chain = chain
-        self.wait = wait
-        self.table: list[int] = []
-        """vLLM's block numbers, as far as they were scheduled."""
-        self.saved = 0
-        """Blocks before this one are saved, or were handed to the worker to save."""
-        self.save_step = 0
-        """The last step that saves from this request's memory; 0: none does."""
-        self.lookup_key: tuple[int, int] = (-1, -1)
-        self.lookup_at = 0.0
-        self.sources = b""
-        """Which byte order each of them is in; empty: all in this server's."""
-        self.hits = 0
-        """Blocks that can be loaded, after the ones that vLLM has itself."""
-        self.cap: int | None = None
-        """Blocks from this one on failed to load and are not asked for again."""
-        self.load_first = 0
-        self.load_slots: list[int] | None = None
-        """The blocks of the load that is under way."""
-        self.in_step = False
-        """Whether that load is part of a step; else vLLM keeps the request waiting for it."""
-        self.held: Held | None = None
-        """The hold for the load to come."""
-        self.whole = False
-        """It loads whole blocks, since they could not be held."""
-        self.told = False
-        self.frozen = False
-        """The weights changed while it ran: it neither loads nor saves."""
 
 
 class SchedulerSide:
