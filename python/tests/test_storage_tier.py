@@ -1,4 +1,4 @@
-"""UCM as a secondary tier of vLLM's own offloading: made by vLLM's factories, over memory like its CPU tier."""
+"""UCM as a secondary tier of vLLM offloading: made by its factories, over memory like its CPU tier."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Tier:
 
 
 def test_stored_by_one_server_loaded_by_another(tmp_path: Path) -> None:
-    """Chunks go down; a tier of another process of the same model finds and loads them, another model's does not."""
+    """Chunks go down; another process with the same model finds and loads them, another model does not."""
     first = Tier(tmp_path)
     first.memory[:] = np.random.default_rng(0).integers(-128, 127, first.memory.shape, dtype=np.int8)
     assert not any(first.hits())
