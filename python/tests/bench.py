@@ -15,7 +15,7 @@ from tiny_model import make
 HERE = Path(__file__).parent
 BLOCK = 32
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 1, 8 * BLOCK, 500, 1000, 2000)
-PROCESS_TIMEOUT_S = 600
+PROCESS_TIMEOUT_S = 1200
 
 CONNECTOR_KEYS = ("use_layerwise", "enable_event_sync", "handoff", "handoff_wait_ms", "save_wait_ms")
 

@@ -2,7 +2,7 @@
 # run.sh [unit|vllm|ci|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
 #   unit   style, types, the binding against libucm.so, the wheel in an empty environment
 #   vllm   the connector under vLLM's schedulers, and real vLLM on the CPU (default version: 0.26.0)
-#   ci     vllm, of 0.26 everything; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
+#   ci     vllm, of 0.26 all but the servers over HTTP; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
 # UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there; for ci, UCM_TEST_VENVS=DIR has
 # one for each version, called vllm-VERSION.
 set -euo pipefail
@@ -30,7 +30,8 @@ unit() {
   say "ruff and mypy"
   (cd python && "$venv/bin/ruff" format --check -q . && "$venv/bin/ruff" check -q . && PYTHONPATH= "$venv/bin/mypy")
   say "binding"
-  "$venv/bin/python" -m pytest python/tests/test_store.py python/tests/test_hashing.py python/tests/test_config.py
+  "$venv/bin/python" -m pytest python/tests/test_store.py python/tests/test_hashing.py python/tests/test_config.py \
+    python/tests/test_ranks.py
   say "wheel"
   rm -rf "$work/dist"
   UCM_CARGO_PROFILE=dev uv build -q --wheel --out-dir "$work/dist" python
@@ -77,12 +78,13 @@ ci() {
   local others=$work/others.log failed=0
   {
     tests "$old" python/tests/test_scheduling.py python/tests/test_namespace.py &&
-      tests "$new" python/tests/test_scheduling.py python/tests/test_namespace.py &&
+      tests "$new" python/tests/test_scheduling.py python/tests/test_namespace.py \
+        python/tests/test_storage_tier.py &&
       tests "$new" python/tests/test_vllm.py -k another_version
   } >"$others" 2>&1 &
   say "vLLM 0.26.0"
   tests "$main" python/tests/test_scheduling.py python/tests/test_namespace.py python/tests/test_geometry.py \
-    python/tests/test_convert.py python/tests/test_vllm.py python/tests/test_serve.py || failed=1
+    python/tests/test_convert.py python/tests/test_storage_tier.py python/tests/test_vllm.py || failed=1
   wait $! || failed=1
   say "vLLM 0.17.0 and 0.32.0"
   cat "$others"

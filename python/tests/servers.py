@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 400
-REQUEST_TIMEOUT_S = 300
-STOP_TIMEOUT_S = 60
+START_TIMEOUT_S = 900
+REQUEST_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 120
 SETTLE_TIMEOUT_S = 60
 
 ENGINE = (
