@@ -8,7 +8,7 @@ Run it with the Python that has vLLM and UCM; MODEL is a small model with real w
 expected outputs, then prefill and decode servers with UCM and the proxy, and checks:
 
 - a prompt shorter than a block is answered, and waits for nothing;
-- unique prompts of 2 to 30 blocks give, at temperature 0, token for token the plain server's
+- unique prompts of 2 to 32 blocks give, at temperature 0, token for token the plain server's
   output, with decode's own prefix cache off;
 - decode computed at most (n - 1) mod 128 + 1 tokens of each prompt of n tokens, and the connector
   loaded and verified the rest;
@@ -44,7 +44,8 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 128
-LENGTHS = (2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1, 5 * BLOCK + 17, 8 * BLOCK, 16 * BLOCK + 64, 30 * BLOCK + 5)
+BLOCKS_AND_TOKENS = ((2, 0), (2, 1), (2, 127), (5, 17), (8, 0), (16, 64), (30, 5), (32, 0))
+LENGTHS = tuple(blocks * BLOCK + tokens for blocks, tokens in BLOCKS_AND_TOKENS)
 OUTPUT_TOKENS = 16
 START_TIMEOUT_S = 900
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 3, 500
@@ -165,7 +166,7 @@ class Setup:
         self.eager = {"kv_producer": not options.compile_prefill}
         # Compiled code rounds bfloat16 less often than eager code does, so that the two generate
         # different tokens now and then, with or without UCM; in float32 they agree.
-        self.dtype = "float32" if options.compile_prefill else "bfloat16"
+        self.dtype = options.dtype or ("float32" if options.compile_prefill else "bfloat16")
 
     def config(self, role: str) -> str:
         """The connector's configuration file of one role."""
@@ -301,7 +302,8 @@ def kill_one(name: str, process: subprocess.Popen[bytes], expected: dict[int, st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=1, choices=(1, 2))
     parser.add_argument("--proxy", default=os.environ.get("UCM_PROXY", "ucm-proxy"))
@@ -312,6 +314,7 @@ def main() -> None:
         default=Path(sys.executable),
         help="the Python that runs the prefill servers (default: this one)",
     )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all servers")
     parser.add_argument("--bench", action="store_true", help="also run `vllm bench serve`")
     parser.add_argument(
         "--compile-prefill",
@@ -334,7 +337,8 @@ def main() -> None:
         if options.case == "dtype":
             mismatch_is_named(setup, options.pairs)
         if options.case == "dropped":
-            dropped = sum(counter(Ports.prefill(pair), "ucm_save_failed_blocks") for pair in range(options.pairs))
+            prefill = [Ports.prefill(pair) for pair in range(options.pairs)]
+            dropped = sum(counter(port, "ucm_save_failed_blocks") for port in prefill)
             check("prefill could not save", dropped > 0, dropped)
         text = stream(Ports.proxy(), prompt(LENGTHS[3], options.seed))
         check("a stream gives the same text", text == expected[LENGTHS[3]])
@@ -356,7 +360,8 @@ def mismatch_is_named(setup: Setup, pairs: int) -> None:
     with urllib.request.urlopen(f"http://localhost:{Ports.proxy()}/healthcheck", timeout=30) as response:
         sharing = json.load(response)["kv_sharing"]
     check("/healthcheck says mismatch", sharing == "mismatch", sharing)
-    counted = sum(counter(Ports.decode(pair), "ucm_handoff_mismatches", 'field="dtype"') for pair in range(pairs))
+    decode = [Ports.decode(pair) for pair in range(pairs)]
+    counted = sum(counter(port, "ucm_handoff_mismatches", 'field="dtype"') for port in decode)
     check("decode counted the field", counted > 0, counted)
 
 
@@ -389,8 +394,10 @@ def bench(model: Path) -> None:
         "--host", "localhost", "--port", str(Ports.proxy()), "--endpoint", "/v1/completions",
         "--request-rate", "1", "--seed", str(int(time.time())),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | dict(os.environ), check=False)
-    line = next((line for line in done.stdout.splitlines() if "Successful requests" in line), done.stderr[-500:])
+    environment = ENVIRONMENT | dict(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = (line for line in done.stdout.splitlines() if "Successful requests" in line)
+    line = next(lines, done.stderr[-500:])
     check("vllm bench serve", done.returncode == 0 and line.split()[-1] == "10", line)
 
 
