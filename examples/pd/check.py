@@ -17,8 +17,9 @@ expected outputs, then prefill and decode servers with UCM and the proxy, and ch
   server.
 
 Two cases are about servers that do not share, where decode must compute every prompt itself, soon
-and rightly: ``dropped`` gives prefill no room to save to, ``dtype`` starts it with another dtype,
-which the proxy has to name. ``--prefill-python`` runs the prefill servers in another environment, so
+and rightly: ``dropped`` fills the file system that prefill saves to (``--storage``, a small one of
+its own: ``mount -t tmpfs -o size=64m tmpfs DIR``), ``dtype`` starts prefill with another dtype, which
+the proxy has to name. ``--prefill-python`` runs the prefill servers in another environment, so
 that two versions of vLLM, whose KV lies differently in memory, share.
 
 It prints one line a check and ends with status 1 if one failed.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -51,8 +53,8 @@ START_TIMEOUT_S = 900
 FIRST_TOKEN_ID, LAST_TOKEN_ID = 3, 500
 HANDOFF_WAIT_S = 60
 """How long decode may wait for announced blocks: far longer than it takes to compute a prompt."""
-TOO_SMALL_GB = 0.0002
-"""Room for one block of the small model."""
+FILL_MAX_MB = 1024
+"""A file system with more room than this is not filled."""
 EAGER = "--enforce-eager"
 
 
@@ -162,6 +164,7 @@ class Setup:
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self.model, self.proxy_program = options.model.resolve(), options.proxy
         self.case, self.directory = options.case, directory
+        self.storage = options.storage or directory / "storage"
         self.python = {"kv_producer": options.prefill_python}
         self.eager = {"kv_producer": not options.compile_prefill}
         # Compiled code rounds bfloat16 less often than eager code does, so that the two generate
@@ -172,12 +175,10 @@ class Setup:
         """The connector's configuration file of one role."""
         store: dict[str, Any] = {
             "store_pipeline": "Cache|Posix",
-            "storage_backends": str(self.directory / "storage"),
+            "storage_backends": str(self.storage),
             "cache_buffer_capacity_gb": 0.25,
-            "segment_size_mb": 16,
+            "segment_size_mb": 2 if self.case == "dropped" else 16,
         }
-        if self.case == "dropped" and role == "kv_producer":
-            store["posix_capacity_gb"] = TOO_SMALL_GB
         connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
         whole = {"ucm_connectors": [connector], "handoff_wait_ms": HANDOFF_WAIT_S * 1000}
         file = self.directory / f"{role}.yaml"
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, choices=(1, 2))
     parser.add_argument("--proxy", default=os.environ.get("UCM_PROXY", "ucm-proxy"))
     parser.add_argument("--case", default="shared", choices=("shared", "dropped", "dtype"))
+    parser.add_argument("--storage", type=Path, help="the directory that all share (default: a fresh one)")
     parser.add_argument(
         "--prefill-python",
         type=Path,
@@ -333,13 +335,11 @@ def main() -> None:
         expected = {length: complete(Ports.plain(), prompt(length, options.seed)) for length in LENGTHS}
         expected[0] = complete(Ports.plain(), "What date is today?")
     with disaggregated(setup, options.pairs) as processes:
+        if options.case == "dropped":
+            fill(setup.storage, [Ports.prefill(pair) for pair in range(options.pairs)])
         compare(options.pairs, expected, options.seed, options.case == "shared")
         if options.case == "dtype":
             mismatch_is_named(setup, options.pairs)
-        if options.case == "dropped":
-            prefill = [Ports.prefill(pair) for pair in range(options.pairs)]
-            dropped = sum(counter(port, "ucm_save_failed_blocks") for port in prefill)
-            check("prefill could not save", dropped > 0, dropped)
         text = stream(Ports.proxy(), prompt(LENGTHS[3], options.seed))
         check("a stream gives the same text", text == expected[LENGTHS[3]])
         if options.bench:
@@ -350,6 +350,23 @@ def main() -> None:
             kill_one("decode", processes["decode-0"], expected, options.seed)
     print("failed: " + ", ".join(failures) if failures else "all checks passed")
     sys.exit(bool(failures))
+
+
+def fill(storage: Path, prefill: list[int]) -> None:
+    """Leaves no room for another block: fills the file system, then what the store had reserved."""
+    with contextlib.suppress(OSError), open(storage / "filling", "wb", buffering=0) as file:
+        for _ in range(FILL_MAX_MB):
+            file.write(bytes(1 << 20))
+        sys.exit(f"{storage} has more than {FILL_MAX_MB} MiB of room: give --storage a small file system")
+    failed = [0.0] * len(prefill)
+    for seed in range(20):
+        for port in prefill:
+            complete(port, prompt(LENGTHS[-1], 1_000_000 + seed))
+        time.sleep(1.2)
+        failed = [counter(port, "ucm_save_failed_blocks") for port in prefill]
+        if all(failed):
+            break
+    check("prefill can save no more", all(failed), failed)
 
 
 def mismatch_is_named(setup: Setup, pairs: int) -> None:

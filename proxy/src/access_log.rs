@@ -3,21 +3,39 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, BufWriter, Write};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
 
 /// Lines that may wait for the writer.
 const LINES_WAITING_MAX: usize = 16_384;
+/// Lines are gathered for so long, so that a busy proxy wakes the writer a hundred times a second
+/// and not once a request.
+const GATHERING: Duration = Duration::from_millis(10);
+/// At the end of the proxy its last lines get this long: a pipe that nobody reads holds nobody up.
+const LAST_LINES_MAX: Duration = Duration::from_secs(1);
 
 /// Where lines go.
 pub struct AccessLog {
     lines: Option<SyncSender<String>>,
+    /// Ends when the writer has.
+    written: Mutex<Receiver<()>>,
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        self.lines = None; // the writer ends behind the last line
+        let _ = self.written.lock().expect("no panic while held").recv_timeout(LAST_LINES_MAX);
+    }
 }
 
 impl AccessLog {
     /// `off`, `-` for standard output, or a path that is appended to.
     pub fn open(target: &str) -> Result<Self, String> {
+        let (writing, written) = channel();
+        let written = Mutex::new(written);
         let out: Box<dyn Write + Send> = match target {
-            "off" => return Ok(Self { lines: None }),
+            "off" => return Ok(Self { lines: None, written }),
             "-" => Box::new(io::stdout()),
             path => {
                 let file = OpenOptions::new().create(true).append(true).open(path);
@@ -27,9 +45,9 @@ impl AccessLog {
         let (sender, receiver) = sync_channel(LINES_WAITING_MAX);
         let thread = std::thread::Builder::new().name("access-log".to_owned());
         thread
-            .spawn(move || write_lines(&receiver, out))
+            .spawn(move || write_lines(&receiver, out, writing))
             .map_err(|error| format!("the access log's thread did not start: {error}"))?;
-        Ok(Self { lines: Some(sender) })
+        Ok(Self { lines: Some(sender), written })
     }
 
     /// Whether lines are wanted.
@@ -44,11 +62,12 @@ impl AccessLog {
 }
 
 /// Writes what is there and flushes when nothing more waits. Errors of the target are not the
-/// requests' problem: the line is lost, the next one is tried.
-fn write_lines(lines: &Receiver<String>, out: Box<dyn Write + Send>) {
+/// requests' problem: the line is lost, the next one is tried. Drops `_writing` when it ends.
+fn write_lines(lines: &Receiver<String>, out: Box<dyn Write + Send>, _writing: Sender<()>) {
     let mut out = BufWriter::new(out);
     while let Ok(line) = lines.recv() {
         let _ = writeln!(out, "{line}");
+        std::thread::sleep(GATHERING);
         while let Ok(line) = lines.try_recv() {
             let _ = writeln!(out, "{line}");
         }

@@ -144,6 +144,34 @@ fn shutdown_lets_requests_finish() {
 }
 
 #[test]
+fn the_last_lines_of_the_access_log_are_written() {
+    // Goal: lines are gathered before they are written, and a shutdown writes what was gathered.
+    block_on(async {
+        let worker = Server::start(named("worker")).await;
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("access.log");
+        let options = ["--worker-hosts", "127.0.0.1", "--worker-ports", &worker.port()];
+        let mut options = options.map(str::to_owned).to_vec();
+        options.extend(["--access-log".to_owned(), log.display().to_string()]);
+        let mut proxy = Proxy::start(&options, &[]).await;
+        for _ in 0..50 {
+            assert_eq!(ask(&proxy).await, "worker");
+        }
+        signal(&proxy, "-TERM");
+        let started = Instant::now();
+        while proxy.child.try_wait().unwrap().is_none() {
+            assert!(started.elapsed() < Duration::from_secs(20), "does not end");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(text.lines().count(), 50);
+        for line in text.lines() {
+            assert!(serde_json::from_str::<Value>(line).is_ok(), "{line}");
+        }
+    });
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     // Goal: whoever asks twice does not wait for requests in flight.
     block_on(async {
