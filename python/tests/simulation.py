@@ -72,6 +72,23 @@ class Result:
     params: Any = None
 
 
+def make_request(name: str, prompt: list[int], count: int = 8, **options: Any) -> Request:
+    """A request of whichever vLLM this is."""
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    transfer = options.pop("kv_transfer_params", None)
+    if transfer is not None:
+        params.extra_args = {"kv_transfer_params": transfer}
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    init_none_hash(sha256)
+    options["block_hasher"] = get_request_block_hasher(BLOCK, sha256)
+    try:
+        return Request(name, prompt, params, None, **options)
+    except TypeError:
+        return Request(name, prompt, params, None, None, **options)
+
+
 class NoConverters:
     def close(self) -> None:
         pass
@@ -118,28 +135,7 @@ class Simulation:
     # -- the engine's loop ----------------------------------------------------------------------
 
     def add(self, name: str, prompt: list[int], count: int = 8, **options: Any) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        transfer = options.pop("kv_transfer_params", None)
-        if transfer is not None:
-            params.extra_args = {"kv_transfer_params": transfer}
-        from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-        init_none_hash(sha256)
-        try:
-            request = Request(
-                name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256), **options
-            )
-        except TypeError:
-            request = Request(
-                name,
-                prompt,
-                params,
-                None,
-                None,
-                block_hasher=get_request_block_hasher(BLOCK, sha256),
-                **options,
-            )
+        request = make_request(name, prompt, count, **options)
         self.results[name] = Result()
         self.scheduler.add_request(request)
         return request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,30 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from simulation import make_request
 from tiny_model import make
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1 import kv_cache_interface as kv
 
 from ucm import Store
 from ucm.integration.vllm.config import parse
 from ucm.integration.vllm.geometry import GeometryError, group_shape
+from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.namespace import NamespaceError, neighbours
 from ucm.integration.vllm.platform import find_namespace
 from ucm.integration.vllm.rank import rank_of
 
 BLOCK = 32
+
+EXTRAS = [
+    "b83a346941f60385",
+    "08d30ee0822d5932",
+    "6a9819060f23f311",
+    "6a9819060f23f311",
+]
+"""Digests of a request's extra bytes; they may never change."""
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +136,22 @@ def test_parts_of_pipeline_stages() -> None:
     assert [(r.part, r.part_count, r.saves) for r in shared] == [
         (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False),
     ]  # fmt: skip
+
+
+def test_extras_of_a_real_request(tmp_path: Path) -> None:
+    """An adapter, an image and a salt in this version's own classes give the bytes that all versions give."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    image = MultiModalFeatureSpec(
+        data=None, modality="image", identifier="any:cafe", mm_hash="cafe",
+        mm_position=PlaceholderRange(offset=10, length=20),
+    )  # fmt: skip
+    asked = make_request(
+        "r", list(range(64)), cache_salt="tenant-a", mm_features=[image],
+        lora_request=LoRARequest(lora_name="any", lora_int_id=1, lora_path=str(tmp_path)),
+    )  # fmt: skip
+    extras = RequestExtras(asked, 16, AdapterDigests().of)
+    assert [hashlib.sha256(extras.of(block)).hexdigest()[:16] for block in range(4)] == EXTRAS
 
 
 def full(heads: int = 2, **more: Any) -> Any:

@@ -17,6 +17,7 @@ from tiny_model import make
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from ucm.errors import Status
 from ucm.integration.vllm.metadata import CAN_REPORT
 
 LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
@@ -306,6 +307,35 @@ def test_changed_weights_never_hit_old_blocks(model: str, asynchronous: bool, de
     other.run()
     assert other.results["restarted"].tokens == expected(prompt, 8)
     assert world.loaded == 10
+
+
+@pytest.mark.parametrize("role", ["saving", "loading"])
+def test_copies_end_before_memory_goes(model: str, role: str) -> None:
+    """Sleep mode: the reset that vLLM asks for before it gives memory back ends all copies."""
+    world, asked = World(), prompts(6, seed=17)
+    if role == "loading":
+        first = Simulation(vllm_config(model), world)
+        for name, prompt in asked.items():
+            first.add(name, prompt)
+        first.run()
+    sim = Simulation(vllm_config(model, caching=False), world)
+    for name, prompt in asked.items():
+        sim.add(name, prompt)
+    world.hold = True
+    for _ in range(3):
+        sim.step()
+    side = sim.connector._worker
+    assert side is not None
+    tasks = [task for job in side._saves for task in job.tasks] + [
+        t for job in side._loads for t, _ in job.parts
+    ]
+    assert tasks
+    assert all(task.poll() == Status.PENDING for task in tasks)
+    assert sim.scheduler.connector.reset_cache()
+    assert all(task.poll() != Status.PENDING for task in tasks)
+    world.hold = False
+    sim.run()
+    check(sim, asked)
 
 
 def saved_by_another(model: str, asked: dict[str, list[int]], world: World) -> None:

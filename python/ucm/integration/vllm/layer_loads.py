@@ -146,6 +146,11 @@ class StepLoad:
         good: npt.NDArray[np.bool_] = task.statuses() == 0
         return good
 
+    def drain(self) -> None:
+        """Waits for all copies."""
+        for task in self._copying:
+            task.wait_status(Stage.RELEASED)
+
     def is_over(self) -> bool:
         """Whether no copy is under way; then the holds end."""
         if any(task.poll(Stage.RELEASED) == Status.PENDING for task in self._copying):

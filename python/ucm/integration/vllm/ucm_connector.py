@@ -279,6 +279,11 @@ class UCMConnector(KVConnectorBase_V1):
 
     def reset_cache(self) -> bool | None:
         assert self._scheduler is not None
+        from ucm.integration.vllm.worker import LOCAL
+
+        # vLLM calls this before it puts the engine to sleep, and gives the memory back right after it.
+        for worker in LOCAL:
+            worker.drain()
         return self._scheduler.reset_cache()
 
     # -- both ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable
 from typing import Any, Final
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,10 @@ from ucm.store import Stage, block_ids
 MS_PER_S: Final = 1000
 
 logger = logging.getLogger("vllm.ucm.worker")
+
+
+LOCAL: Final[WeakSet[WorkerSide]] = WeakSet()
+"""The workers of this process: with one rank the scheduler is in it too."""
 
 
 class LoadJob:
@@ -94,6 +99,7 @@ class WorkerSide:
         """The saves of steps up to this one were submitted."""
         self._invalid: set[int] = set()
         self.stats = UcmStats()
+        LOCAL.add(self)
 
     # -- the steps of a forward pass ------------------------------------------------------------
 
@@ -353,6 +359,9 @@ class WorkerSide:
         if not jobs:
             return
         self.stats.add("preemption_waits", len(jobs))
+        self._end_copies(jobs)
+
+    def _end_copies(self, jobs: list[SaveJob]) -> None:
         self._wait(jobs, Stage.COPIED)
         for job in jobs:
             for task in job.tasks:
@@ -362,6 +371,15 @@ class WorkerSide:
                     task.cancel()
                     task.wait_status(Stage.RELEASED, -1)
             job.copied = True
+
+    def drain(self) -> None:
+        """Ends every copy from and to vLLM's memory, which may go away after this (sleep mode)."""
+        self._end_copies([job for job in self._saves if not job.copied])
+        for load in self._loads:
+            for task, _ in load.parts:
+                task.wait_status(Stage.RELEASED)  # the deadline of its task bounds it
+        for step_load in self._copying:
+            step_load.drain()
 
     def close(self) -> None:
         """Flushes within ``save_wait_ms`` and closes the store."""
