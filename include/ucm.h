@@ -33,11 +33,16 @@
  * - Signal handlers: only ucm_api_version, ucm_version and ucm_status_name may be called from one.
  *   Engine threads block all signals. SIGKILL at any moment harms nothing that was PERSISTED.
  * - Exit: a process that ends without ucm_store_close loses the saves that are not PERSISTED, and nothing else.
+ *   A store may be closed in a handler of atexit and in the destructor of a static object.
  * - Memory of a batch belongs to the engine until the stage that gives it back; freeing it before is the
  *   one way to make this library write where it should not. UCM_STAGE_RELEASED always comes, except
  *   from a drive that hangs for ever.
- * - Static linking: link libucm.a with -lpthread -ldl -lm (pkg-config --static does). Do not load two
- *   copies of it into one process with one set of global symbols.
+ * - Static linking: link libucm.a with -lpthread -ldl -lm (pkg-config --static and CMake's ucm::static do),
+ *   in a program that is otherwise dynamic or in one that has no shared library at all (-static). The linker
+ *   then warns of dlopen, which only serves accelerators: with -static, set device to host, because drivers
+ *   are shared libraries. Do not load two copies of libucm into one process with one set of global symbols.
+ * - Standard descriptors and the current directory belong to the program: it may close the ones and change the
+ *   other while stores are open.
  */
 
 

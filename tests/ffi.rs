@@ -432,6 +432,63 @@ fn pkg_config_gives_the_flags() {
     fs::remove_dir_all(&folder).unwrap();
 }
 
+/// Whether a program asks for no other file at its start.
+fn is_static(program: &Path) -> bool {
+    let mut readelf = Command::new("readelf");
+    !tool(readelf.args(["-lW"]).arg(program)).contains("INTERP")
+}
+
+// Goal: programs without any shared library, as the comment in the header says: with the flags of pkg-config for C
+// and C++, and with CMake's target ucm::static. They save and load.
+#[test]
+fn fully_static_programs_run() {
+    let folder = fresh_folder();
+    let mut pkg_config = Command::new("pkg-config");
+    pkg_config.env("PKG_CONFIG_PATH", prefix().join("lib/pkgconfig"));
+    let flags = tool(pkg_config.args(["--static", "--cflags", "--libs", "ucm"]));
+    let runs = |program: &Path| {
+        assert!(is_static(program), "{}", program.display());
+        let ended = run(program, &[]);
+        assert!(ended.success && ended.output.ends_with("ok\n"), "{}", ended.output);
+    };
+    for (compiler, standard, source) in [
+        ("gcc", "-std=c11", "save_load.c"),
+        ("clang", "-std=c11", "forked.c"),
+        ("g++", "-std=c++17", "wrapper.cpp"),
+    ] {
+        let program = folder.join(source).with_extension(compiler);
+        let mut command = Command::new(compiler);
+        command.args([standard, "-static", "-pthread"]).arg(root().join("ffi-tests").join(source));
+        tool(command.arg("-o").arg(&program).args(flags.split_whitespace()));
+        runs(&program);
+    }
+
+    let source = root().join("ffi-tests/save_load.c");
+    let text = format!(
+        "cmake_minimum_required(VERSION 3.16)\n\
+         project(app C)\n\
+         find_package(ucm CONFIG REQUIRED)\n\
+         add_executable(app {0})\n\
+         target_link_libraries(app ucm::static)\n\
+         add_executable(alone {0})\n\
+         target_link_libraries(alone ucm::static -static)\n",
+        source.display()
+    );
+    fs::write(folder.join("CMakeLists.txt"), text).unwrap();
+    let build = folder.join("build");
+    let mut configure = Command::new("cmake");
+    configure.arg("-S").arg(&folder).arg("-B").arg(&build);
+    tool(configure.arg(format!("-DCMAKE_PREFIX_PATH={}", prefix().display())));
+    tool(Command::new("cmake").arg("--build").arg(&build));
+    let ended = run(&build.join("app"), &[]);
+    assert!(ended.success && ended.output.ends_with("ok\n"), "{}", ended.output);
+    let mut readelf = Command::new("readelf");
+    let needed = tool(readelf.args(["-dW"]).arg(build.join("app")));
+    assert!(!needed.contains("libucm"), "{needed}");
+    runs(&build.join("alone"));
+    fs::remove_dir_all(&folder).unwrap();
+}
+
 // Goal: the program in README.md is what it claims to be: it compiles, saves in its first run and loads in its
 // second.
 #[test]
