@@ -37,7 +37,7 @@ pub(super) fn build(options: &Options) -> Result<Config> {
     Ok(Config {
         pipeline,
         storage_backends: storage_backends(options, pipeline)?,
-        cache_bytes: cache_bytes(options, &geometry, lookup_only)?,
+        cache_bytes: cache_bytes(options, &geometry, lookup_only, &mut warnings)?,
         local_ranks: options.integer("local_rank_size") as u32,
         huge_pages: facility(options.word("huge_pages")),
         register_memory: facility(options.word("register_memory")),
@@ -146,20 +146,31 @@ fn storage_backends(options: &Options, pipeline: Pipeline) -> Result<Vec<PathBuf
     Ok(backends)
 }
 
-fn cache_bytes(options: &Options, geometry: &Geometry, lookup_only: bool) -> Result<u64> {
+/// Bytes of this rank's arena.
+fn cache_bytes(
+    options: &Options,
+    geometry: &Geometry,
+    lookup_only: bool,
+    warnings: &mut Vec<String>,
+) -> Result<u64> {
     let ranks = match options.boolean("share_buffer_enable") {
         true => options.integer("local_rank_size") as u64,
         false => 1,
     };
+    if options.boolean("share_buffer_enable") && ranks == 1 && !lookup_only {
+        let text = "share_buffer_enable: without effect, because local_rank_size is 1: each rank maps the whole of \
+                    cache_buffer_capacity_gb; set local_rank_size to the ranks of this host";
+        warnings.push(text.to_owned());
+    }
     let bytes =
         (gigabytes(options, "cache_buffer_capacity_gb") / ranks).next_multiple_of(ARENA_UNIT);
     let least = SLOTS_MIN * geometry.extent_bytes();
     if !lookup_only && bytes < least {
         return Err(bad(format!(
-            "cache_buffer_capacity_gb: {} holds fewer than {SLOTS_MIN} parts of {} bytes; set at least {:.3}",
+            "cache_buffer_capacity_gb: {} holds fewer than {SLOTS_MIN} parts of {} bytes for each of {ranks} ranks; set at least {:.3}",
             options.number("cache_buffer_capacity_gb"),
             geometry.part_bytes,
-            (least.next_multiple_of(ARENA_UNIT) as f64 / GIB * 1000.0).ceil() / 1000.0
+            ((least.next_multiple_of(ARENA_UNIT) * ranks) as f64 / GIB * 1000.0).ceil() / 1000.0
         )));
     }
     Ok(bytes)

@@ -128,7 +128,7 @@ pub static KEYS: &[Key] = &[
         Kind::Bool,
         "false",
         "",
-        "Whether cache_buffer_capacity_gb is meant for all ranks of the host together: each of the local_rank_size ranks then maps its share of it. The ranks do not see each other's blocks in DRAM.",
+        "Whether cache_buffer_capacity_gb is meant for all ranks of the host together: each of the local_rank_size ranks then maps an arena of its own with an equal share of it. Room and blocks are not shared: a rank neither uses what another leaves free nor loads from its DRAM.",
     ),
     store(
         "local_rank_size",

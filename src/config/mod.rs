@@ -205,7 +205,7 @@ pub struct Config {
     pub running_queue_depth: usize,
     /// Copy streams.
     pub streams: usize,
-    /// One arena for all ranks of a host.
+    /// The capacity was meant for all ranks of a host: `cache_bytes` is this one's share.
     pub share_buffer: bool,
     /// The direct path between drive and device memory.
     pub gpu_direct: Facility,

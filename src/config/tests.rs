@@ -57,6 +57,27 @@ fn an_upstream_file_works_unchanged() {
 }
 
 #[test]
+fn shared_capacity_is_divided_among_the_ranks() {
+    // Goal: share_buffer_enable divides the capacity by local_rank_size, in whole arena units; alone it does
+    // nothing and says so; where a share is too small, the message counts all ranks.
+    let share = |keys: &str| with(&format!("block_size: 1048576\n{keys}"));
+    let both = share("cache_buffer_capacity_gb: 1\nshare_buffer_enable: true\nlocal_rank_size: 3");
+    let config = built(&both);
+    assert!(config.share_buffer && config.warnings.is_empty(), "{:?}", config.warnings);
+    assert_eq!((config.cache_bytes, config.local_ranks), (342 << 20, 3));
+    let apart = built(&share("cache_buffer_capacity_gb: 1\nlocal_rank_size: 3"));
+    assert_eq!(apart.cache_bytes, 1 << 30);
+    let alone = built(&share("cache_buffer_capacity_gb: 1\nshare_buffer_enable: true"));
+    assert_eq!(alone.cache_bytes, 1 << 30);
+    let [warning] = &alone.warnings[..] else { panic!("{:?}", alone.warnings) };
+    assert!(warning.contains("local_rank_size"), "{warning}");
+    let small = "cache_buffer_capacity_gb: 0.001\nshare_buffer_enable: true\nlocal_rank_size: 64";
+    // 4 MiB for each of 64 ranks.
+    assert_refused(&share(small), &["64 ranks", "at least 0.250"]);
+    built(&share(&small.replace("0.001", "0.250")));
+}
+
+#[test]
 fn upstream_developer_settings_are_warnings_not_errors() {
     // Goal: a file with everything that upstream documents is accepted, one warning a key.
     let config = built(

@@ -194,6 +194,14 @@ fn map_arena(config: &Config, device: &dyn Device) -> Result<Option<Arena>> {
     if config.is_lookup_only() {
         return Ok(None);
     }
+    if config.share_buffer && config.local_ranks > 1 {
+        let text = format_args!(
+            "share_buffer_enable: cache_buffer_capacity_gb is divided: each of {} ranks maps {:.3} GiB of its own",
+            config.local_ranks,
+            config.cache_bytes as f64 / (1u64 << 30) as f64
+        );
+        log::once(Level::Info, "share_buffer_enable", text);
+    }
     let (slots, slot_bytes) = (slot_count(config), config.geometry.extent_bytes());
     if slots < 2 {
         let text = format!(
