@@ -7,8 +7,8 @@
 //! copy of the same bytes. What follows from a worker's job is done next by the same worker, which has the bytes
 //! in its cache.
 //!
-//! A reactor hands what it has read to the workers, except where that costs more than the work: small jobs
-//! of the host device it does itself ([`CopyPool::run_here`]).
+//! A reactor hands what it has read to the workers, except where that costs more than it gains: with the host
+//! device it does small jobs itself, and large ones while it is well ahead of the drive ([`CopyPool::read`]).
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -34,6 +34,10 @@ const BATCH_HOST: usize = 1;
 /// than waking a thread and putting it to sleep again.
 const JOBS_A_WAKE: usize = 2;
 
+/// Parts that have ended together and that a reactor still verifies and copies by itself. Where the drive is faster
+/// than the reactor copies, more have ended each time it looks, and the workers get them.
+const READS_HERE: usize = 2;
+
 /// A copy between a unit's memory and the slot of its part.
 pub(crate) struct Copy {
     pub direction: Direction,
@@ -52,6 +56,31 @@ pub(crate) enum Job {
     Copy(Copy),
     /// CPU work: runs on the worker and returns the copies that follow from it.
     Compute(Urgency, Box<dyn FnOnce() -> Vec<Job> + Send>),
+}
+
+/// A job's size, as a reactor sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Size {
+    /// Less than handing it to another thread.
+    Small,
+    /// Less than the time between two ends, unless the drive is fast.
+    Medium,
+    /// Too much for a thread that others wait for.
+    Large,
+}
+
+impl Size {
+    const SMALL_BYTES: u64 = 64 << 10;
+    const MEDIUM_BYTES: u64 = 4 << 20;
+
+    /// The size of a job on so many bytes.
+    pub(crate) fn of(bytes: u64) -> Self {
+        match bytes {
+            0..=Self::SMALL_BYTES => Self::Small,
+            0..=Self::MEDIUM_BYTES => Self::Medium,
+            _ => Self::Large,
+        }
+    }
 }
 
 /// Which of the two queues a job goes to.
@@ -100,21 +129,24 @@ thread_local! {
     static HELD: RefCell<Vec<(Arc<Shared>, Vec<Job>)>> = const { RefCell::new(Vec::new()) };
     /// While this thread works for a pool: the pool, and the jobs that its work has brought.
     static BROUGHT: RefCell<Option<(Arc<Shared>, Vec<Job>)>> = const { RefCell::new(None) };
+    /// Reads that have ended in the batch of this reactor, by pool.
+    static READ: RefCell<Vec<(CopyPool, Vec<Job>)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The workers of one store.
+#[derive(Clone)]
 pub(crate) struct CopyPool {
     shared: Arc<Shared>,
-    workers: Mutex<Vec<JoinHandle<()>>>,
-    /// The one that has no thread, for `run_here`; only where the device copies with the caller's thread.
-    guest: Mutex<Option<Worker>>,
+    workers: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    /// The one that has no thread, for reactors; only where the device copies with the caller's thread.
+    guest: Arc<Mutex<Option<Worker>>>,
 }
 
 impl CopyPool {
     /// A pool without threads yet: `start` gives it some.
     pub(crate) fn new() -> Self {
         let shared = Shared { queues: Mutex::new(Queues::default()), wake: Condvar::new() };
-        Self { shared: Arc::new(shared), workers: Mutex::new(Vec::new()), guest: Mutex::new(None) }
+        Self { shared: Arc::new(shared), workers: Arc::default(), guest: Arc::default() }
     }
 
     /// Starts `streams` workers, each with a stream of `device`.
@@ -158,9 +190,36 @@ impl CopyPool {
         })
     }
 
+    /// The job that follows a read, from the reactor that read: done by itself, with what follows, if it is small
+    /// or comes nearly alone; otherwise queued with the others of its batch.
+    pub(crate) fn read(&self, job: Job, size: Size) {
+        match size {
+            Size::Small => return self.run_here(vec![job]),
+            Size::Medium => {}
+            Size::Large => return self.push(vec![job]),
+        }
+        READ.with_borrow_mut(|read| {
+            match read.iter_mut().find(|(pool, _)| Arc::ptr_eq(&pool.shared, &self.shared)) {
+                Some((_, jobs)) => jobs.push(job),
+                None => {
+                    read.push((self.clone(), vec![job]));
+                    thread::after_batch(|| {
+                        for (pool, jobs) in READ.with_borrow_mut(std::mem::take) {
+                            if jobs.len() <= READS_HERE {
+                                pool.run_here(jobs);
+                            } else {
+                                pool.push(jobs);
+                            }
+                        }
+                    });
+                }
+            }
+        });
+    }
+
     /// Does jobs, and what follows from them, on the calling thread, where the device allows it and no other
-    /// thread is at it; queues them otherwise. For work that is smaller than handing it over.
-    pub(crate) fn run_here(&self, mut jobs: Vec<Job>) {
+    /// thread is at it; queues them otherwise.
+    fn run_here(&self, mut jobs: Vec<Job>) {
         match self.guest.try_lock().as_deref_mut() {
             Some(Some(guest)) => guest.finish(&mut jobs),
             _ => self.push(jobs),

@@ -319,7 +319,7 @@ pub static KEYS: &[Key] = &[
         Kind::Integer(4, 65536),
         "4096",
         "KiB",
-        "Largest single read or write, a multiple of 4.",
+        "Largest single read or write, a multiple of 4; the last one of a transfer may be a sixteenth larger.",
     ),
     store(
         "cpu_affinity_cores",

@@ -28,9 +28,12 @@ const PACE_WINDOW_ENDS: usize = 256;
 /// No end waits longer than this for company. Small beside the milliseconds that a queue of 16 or more
 /// transfers takes.
 const GATHER_TIME: Duration = Duration::from_micros(500);
-/// With the engine full, submitters need not wake the reactor, for this long; then it parks properly, so
-/// that deadlines of what arrives are kept even if the engine is stuck.
-const FULL_NAP: Duration = Duration::from_millis(10);
+/// With that many operations in flight submitters need not wake the reactor, which comes back with the next end:
+/// a request waits an eighth of a transfer's time at most, on average, and two system calls less are made for it.
+const PLENTY_IN_FLIGHT: usize = 8;
+/// That holds for so long; then the reactor parks properly, so that deadlines of what arrives are kept even if
+/// the engine is stuck.
+const PLENTY_NAP: Duration = Duration::from_millis(10);
 /// Registration of memory may take 35 ms a GiB; a reactor stuck in the kernel never answers.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 /// A broken reactor waits that long for operations in flight before it leaks them.
@@ -329,9 +332,9 @@ impl Owned {
             gather: GATHER_TIME,
             until: self.schedule.next_event(),
         };
-        if self.schedule.is_full() {
-            // New requests could not begin: nobody needs to wake us.
-            let nap = Instant::now() + FULL_NAP;
+        if self.schedule.is_full() || self.schedule.in_flight() >= PLENTY_IN_FLIGHT {
+            // What arrives cannot begin, or can wait for the next end: nobody needs to wake us.
+            let nap = Instant::now() + PLENTY_NAP;
             let event = patience.until;
             patience.until = Some(event.map_or(nap, |event| event.min(nap)));
             self.io.wait(patience, &mut self.ended)?;

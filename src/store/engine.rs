@@ -16,7 +16,7 @@ use crate::block::PartKey;
 use crate::clock::{Clock, Ticket};
 use crate::completion::CompletionQueue;
 use crate::config::Config;
-use crate::copy::{Copy, CopyPool, Job, Owner, Urgency};
+use crate::copy::{Copy, CopyPool, Job, Owner, Size, Urgency};
 use crate::device::{Device, Direction, Staging};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::BlockHasher;
@@ -29,10 +29,6 @@ use crate::metrics::Metrics;
 use crate::parts::{Action, PartId, Parts, Unit};
 use crate::posix::{Extent, Found, Tier};
 use crate::task::Task;
-
-/// A part up to this size is verified and copied by the reactor that read it: waking a copy worker and
-/// putting it to sleep again takes longer. Eight such parts take a reactor less time than a drive takes for one.
-const SMALL_PART_BYTES: u64 = 64 << 10;
 
 /// Everything an open store owns.
 pub(super) struct Engine {
@@ -190,12 +186,8 @@ impl Engine {
             Ok(()) => {
                 let engine = Arc::clone(&self);
                 let verify = Box::new(move || engine.verify(part, slot, key, found));
-                let jobs = vec![Job::Compute(Urgency::Load, verify)];
-                if self.config.geometry.part_bytes <= SMALL_PART_BYTES {
-                    self.pool.run_here(jobs);
-                } else {
-                    self.pool.push(jobs);
-                }
+                let size = Size::of(self.config.geometry.part_bytes);
+                self.pool.read(Job::Compute(Urgency::Load, verify), size);
             }
         }
     }
