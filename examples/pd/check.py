@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--first-port", type=int, default=Ports.first, help="the first of 25 ports")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10_000)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops what was started
     Ports.first = options.first_port
     directory = Path(tempfile.mkdtemp(prefix="ucm-pd-"))
     print(f"logs in {directory}")
@@ -353,7 +354,10 @@ def main() -> None:
 
 
 def fill(storage: Path, prefill: list[int]) -> None:
-    """Leaves no room for another block: fills the file system, then what the store had reserved."""
+    """Leaves no room for another block: fills the file system, then what the stores had reserved."""
+    for seed, port in enumerate(prefill):
+        complete(port, prompt(LENGTHS[0], 2_000_000 + seed))
+    time.sleep(2)
     with contextlib.suppress(OSError), open(storage / "filling", "wb", buffering=0) as file:
         for _ in range(FILL_MAX_MB):
             file.write(bytes(1 << 20))
