@@ -353,6 +353,50 @@ fn websockets_pass_both_ways() {
 }
 
 #[test]
+fn a_client_that_does_not_read_slows_its_server_down() {
+    // Goal: the proxy does not gather what a client leaves lying; when it goes, the server is let go.
+    const PLENTY: usize = 64 << 20; // sockets hold some MiB, not this
+    block_on(async {
+        let (sent, open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (sending, opened) = (sent.clone(), open.clone());
+        let port = serve(move |mut stream, _| {
+            let (sending, opened) = (sending.clone(), opened.clone());
+            async move {
+                let Some(request) = read_request(&mut stream).await else { return };
+                if request.starts_with("GET") {
+                    let _ = stream.write_all(ok("{}").as_bytes()).await;
+                    return;
+                }
+                opened.fetch_add(1, SeqCst);
+                let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n";
+                let _ = stream.write_all(head.as_bytes()).await;
+                let event = format!("data: {}\n\n", "x".repeat(65_536));
+                while sending.load(SeqCst) < PLENTY
+                    && stream.write_all(event.as_bytes()).await.is_ok()
+                {
+                    sending.fetch_add(event.len(), SeqCst);
+                }
+                opened.fetch_sub(1, SeqCst);
+            }
+        })
+        .await;
+        let proxy = worker(&port, "").await;
+        let coming =
+            send(proxy.port, request("POST", "/v1/completions", &[], STREAM)).await.unwrap();
+        let mut before = usize::MAX;
+        while before != sent.load(SeqCst) {
+            before = sent.load(SeqCst);
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        assert!(before < PLENTY, "{before} bytes were taken for a client that reads none");
+        assert_eq!(open.load(SeqCst), 1);
+        drop(coming);
+        eventually("the server is let go", || open.load(SeqCst) == 0).await;
+        assert!(sent.load(SeqCst) < PLENTY);
+    });
+}
+
+#[test]
 fn nothing_is_left_open() {
     // Goal: after finished, failed, abandoned and refused requests the proxy holds the
     // descriptors that it held before.
