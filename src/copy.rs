@@ -75,10 +75,12 @@ impl Size {
 
     /// The size of a job on so many bytes.
     pub(crate) fn of(bytes: u64) -> Self {
-        match bytes {
-            0..=Self::SMALL_BYTES => Self::Small,
-            0..=Self::MEDIUM_BYTES => Self::Medium,
-            _ => Self::Large,
+        if bytes <= Self::SMALL_BYTES {
+            Self::Small
+        } else if bytes <= Self::MEDIUM_BYTES {
+            Self::Medium
+        } else {
+            Self::Large
         }
     }
 }
