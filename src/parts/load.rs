@@ -1,10 +1,7 @@
 //! Loads: attach to what is under way, hit what is in DRAM, read the rest.
 
-use std::time::Instant;
-
-use super::{Action, Keep, Part, PartId, Parts, State, Unit};
+use super::{Action, Keep, PartId, Parts, State, Unit};
 use crate::block::PartKey;
-use crate::error::{Error, ErrorKind};
 use crate::io::Class;
 use crate::posix::Found;
 
@@ -34,9 +31,14 @@ impl Parts {
                     self.counts.hits += 1;
                     self.scatter(id, unit, actions);
                 }
+                State::Reading if part.filled.contains(unit.shard()) => {
+                    self.counts.hits += 1;
+                    self.scatter(id, unit, actions);
+                }
                 State::Reading | State::QueuedLoad => {
                     self.counts.shared += 1;
                     part.loads.push(unit);
+                    self.to_read.push(id);
                 }
                 _ => return Accepted::Unknown,
             }
@@ -69,54 +71,8 @@ impl Parts {
         part.found = Some(found);
         part.class = Class::Background;
         self.give_slot(id, slot);
-        self.start_read(id, actions);
+        self.start_read(id);
         true
-    }
-
-    pub(super) fn start_read(&mut self, id: PartId, actions: &mut Vec<Action>) {
-        let part = &mut self.parts[id as usize];
-        part.state = State::Reading;
-        actions.push(Action::Read {
-            part: id,
-            slot: part.slot.expect("a part that is read has a slot"),
-            key: part.key,
-            found: part.found.expect("a part that is read was found"),
-            class: part.class,
-            expires: latest_deadline(part),
-        });
-    }
-
-    /// The slot holds the part's bytes, verified.
-    pub(crate) fn verified(&mut self, id: PartId, actions: &mut Vec<Action>) {
-        self.settle_in(id, actions);
-        for unit in std::mem::take(&mut self.parts[id as usize].loads) {
-            match unit.is_hold() {
-                true => self.grant(id, unit, actions),
-                false => self.scatter(id, unit, actions),
-            }
-        }
-        self.release_if_done(id, actions);
-        self.pump(actions);
-    }
-
-    /// The read failed, or what it brought is not the part. Returns those who wait for it.
-    pub(crate) fn read_failed(
-        &mut self,
-        id: PartId,
-        error: &Error,
-        actions: &mut Vec<Action>,
-    ) -> Vec<Unit> {
-        self.drop_settled(id);
-        let part = &mut self.parts[id as usize];
-        if error.kind() == ErrorKind::Timeout && !part.loads.is_empty() {
-            // The read had the deadline of others, who have gone; these have time left.
-            self.start_read(id, actions);
-            return Vec::new();
-        }
-        let loads = std::mem::take(&mut part.loads);
-        self.discard(id, actions);
-        self.pump(actions);
-        loads
     }
 
     /// A scatter has ended, whatever its result.
@@ -137,9 +93,4 @@ impl Parts {
         }
         actions.push(Action::Scatter { part: id, slot, unit });
     }
-}
-
-/// A read may take as long as the most patient of those who wait for it; a prefetch as long as it likes.
-fn latest_deadline(part: &Part) -> Option<Instant> {
-    part.loads.iter().map(|unit| unit.task.deadline()).reduce(|a, b| Some(a?.max(b?))).flatten()
 }

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //!            ┌─► QueuedLoad ─► Reading ──────────────────┐
-//!  load ─────┤     (no slot)      (drive -> slot, verify)  ▼
+//!  load ─────┤     (no slot)      (drive -> slot, verify;  ▼
+//!            │                     shards hit it as they come)
 //!            └──────────────────────────────────────────► Ready ─► evicted
 //!  save ─────┬─► QueuedSave ─► Filling ──► Storing ──────┘
 //!            │     (no slot)   (gathers)   (seal, write, publish; loads hit it)
@@ -17,6 +18,7 @@
 
 mod hold;
 mod load;
+mod read;
 mod save;
 mod shards;
 #[cfg(test)]
@@ -34,6 +36,7 @@ use crate::io::Class;
 use crate::posix::Found;
 use crate::task::{Kind, Task};
 pub(crate) use load::Accepted;
+pub(crate) use read::{Check, Outcome, Piece};
 use shards::ShardSet;
 
 /// Index of a part's record while it is in use.
@@ -71,15 +74,8 @@ pub(crate) enum Action {
     Gather { part: PartId, slot: u32, unit: Unit },
     /// Copy the unit's shard from the slot into caller memory, then call `scattered`.
     Scatter { part: PartId, slot: u32, unit: Unit },
-    /// Read the part into the slot and verify it, then call `verified` or `read_failed`.
-    Read {
-        part: PartId,
-        slot: u32,
-        key: PartKey,
-        found: Found,
-        class: Class,
-        expires: Option<Instant>,
-    },
+    /// Read the piece into its place in the slot, call `arrived`, verify it, then call `read_ended`.
+    Read { piece: Piece, class: Class, expires: Option<Instant> },
     /// Seal the slot, write it and publish it, then call `stored`.
     Store { part: PartId, slot: u32, key: PartKey },
     /// Read the part straight into the unit's memory.
@@ -121,6 +117,8 @@ struct Part {
     claimed: ShardSet,
     /// Shards that are in the slot.
     filled: ShardSet,
+    /// While it is read.
+    progress: read::Progress,
     /// Numbers of the tasks that hold the part, or will when its bytes are there.
     holders: Vec<u64>,
     /// Loads and holds that wait for the bytes.
@@ -168,6 +166,8 @@ pub(crate) enum Sink {
 pub(crate) struct Rules {
     pub slots: u32,
     pub shards_per_part: u32,
+    /// Shards that are read at once where not all of a part are wanted; at least one.
+    pub shards_per_piece: u32,
     pub keep: Keep,
     pub sink: Sink,
     /// Parts that may wait for a slot.
@@ -201,6 +201,8 @@ pub(crate) struct Parts {
     slots_used: u32,
     policy: S3Fifo,
     load_queue: VecDeque<PartId>,
+    /// Parts being read that may need another piece. See `flush`.
+    to_read: Vec<PartId>,
     save_queue: VecDeque<PartId>,
     /// Slots of parts that need more than one shard and miss some.
     partial: u32,
@@ -223,6 +225,7 @@ impl Parts {
             slots_used: 0,
             policy: S3Fifo::new(rules.slots),
             load_queue: VecDeque::new(),
+            to_read: Vec::new(),
             save_queue: VecDeque::new(),
             partial: 0,
             held: 0,
@@ -286,7 +289,7 @@ impl Parts {
     /// Whether a save or a read is under way that ought to end before the store closes.
     pub(crate) fn is_busy(&self) -> bool {
         self.map.values().any(|&id| self.parts[id as usize].state != State::Ready)
-            || self.is_copying()
+            || self.parts.iter().any(|part| part.pins > 0 || part.progress.is_under_way())
     }
 
     /// Whether a copy to or from a slot is under way.
@@ -307,6 +310,7 @@ impl Parts {
             pins: 0,
             claimed: ShardSet::new(shards),
             filled: ShardSet::new(shards),
+            progress: read::Progress::new(shards),
             holders: Vec::new(),
             loads: Vec::new(),
             saves: Vec::new(),
@@ -424,7 +428,7 @@ impl Parts {
             let Some(slot) = self.take_slot(actions) else { return };
             self.load_queue.pop_front();
             self.give_slot(id, slot);
-            self.start_read(id, actions);
+            self.start_read(id);
         }
         while let Some(&id) = self.save_queue.front() {
             if self.parts[id as usize].gathers.iter().all(Unit::is_settled) {

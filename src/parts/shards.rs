@@ -33,6 +33,12 @@ impl ShardSet {
         self.count -= u32::from(was);
     }
 
+    /// Whether a shard is in.
+    pub(super) fn contains(&self, shard: u32) -> bool {
+        let word = if shard < 64 { self.low } else { self.high[shard as usize / 64 - 1] };
+        word & (1 << (shard % 64)) != 0
+    }
+
     /// How many are in.
     pub(super) fn len(&self) -> u32 {
         self.count

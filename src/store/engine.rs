@@ -16,9 +16,9 @@ use crate::block::PartKey;
 use crate::clock::{Clock, Ticket};
 use crate::completion::CompletionQueue;
 use crate::config::Config;
-use crate::copy::{Copy, CopyPool, Job, Owner, Size, Urgency};
+use crate::copy::{Copy, CopyPool, Job, Owner, Urgency};
 use crate::device::{Device, Direction, Staging};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::Backend;
 use crate::io::{Class, DmaSlice, thread};
@@ -27,7 +27,7 @@ use crate::log::{self, Level};
 use crate::mem::arena::Arena;
 use crate::metrics::Metrics;
 use crate::parts::{Action, PartId, Parts, Unit};
-use crate::posix::{Extent, Found, Tier};
+use crate::posix::{Extent, Tier};
 use crate::task::Task;
 
 /// Everything an open store owns.
@@ -87,7 +87,7 @@ impl Engine {
     }
 
     /// The first `length` bytes of a slot.
-    fn slot_memory(&self, slot: u32, length: u64) -> DmaSlice {
+    pub(super) fn slot_memory(&self, slot: u32, length: u64) -> DmaSlice {
         DmaSlice { pointer: self.slot_base(slot), length: length as usize }
     }
 
@@ -106,7 +106,12 @@ impl Engine {
         event: impl FnOnce(&mut Parts, &mut Vec<Action>) -> T,
     ) -> (T, Vec<Job>) {
         let mut actions = Vec::new();
-        let answer = event(&mut self.parts.lock(), &mut actions);
+        let answer = {
+            let mut parts = self.parts.lock();
+            let answer = event(&mut parts, &mut actions);
+            parts.flush(&mut actions);
+            answer
+        };
         (answer, self.carry_out(actions))
     }
 
@@ -120,9 +125,7 @@ impl Engine {
                 Action::Scatter { part, slot, unit } => {
                     jobs.push(self.copy(Direction::Scatter, part, slot, unit))
                 }
-                Action::Read { part, slot, key, found, class, expires } => {
-                    self.read(part, slot, key, found, class, expires);
-                }
+                Action::Read { piece, class, expires } => self.read(piece, class, expires),
                 Action::Store { part, slot, key } => self.reserve(part, slot, key),
                 Action::DirectLoad { unit, key, found } => self.direct_load(unit, key, found),
                 Action::DirectSave { part, unit, key } => self.direct_save(part, unit, key),
@@ -152,88 +155,6 @@ impl Engine {
                 engine.event(|parts, actions| parts.reclaim_partial(Instant::now(), actions));
             }
         });
-    }
-
-    // ---- loads: drive -> slot -> verify -> scatter ----
-
-    fn read(
-        &self,
-        part: PartId,
-        slot: u32,
-        key: PartKey,
-        found: Found,
-        class: Class,
-        expires: Option<Instant>,
-    ) {
-        let engine = self.this();
-        let memory = self.slot_memory(slot, self.config.geometry.payload_bytes());
-        let range = 0..memory.length as u64;
-        let done = Box::new(move |result| engine.read_done(part, slot, key, found, result));
-        self.tier().read(&key, &found, range, vec![memory], class, expires, done);
-    }
-
-    /// On a reactor: hands the bytes to a copy worker, which verifies them next to the copy.
-    fn read_done(
-        self: Arc<Self>,
-        part: PartId,
-        slot: u32,
-        key: PartKey,
-        found: Found,
-        result: Result<()>,
-    ) {
-        match result {
-            Err(error) => self.pool.push(self.read_failed(part, key, found, error)),
-            Ok(()) => {
-                let engine = Arc::clone(&self);
-                let verify = Box::new(move || engine.verify(part, slot, key, found));
-                let size = Size::of(self.config.geometry.part_bytes);
-                self.pool.read(Job::Compute(Urgency::Load, verify), size);
-            }
-        }
-    }
-
-    fn verify(&self, part: PartId, slot: u32, key: PartKey, found: Found) -> Vec<Job> {
-        let payload = self.slot_memory(slot, self.config.geometry.part_bytes);
-        // SAFETY: the part is in state Reading and its read has ended: nobody else touches the slot.
-        match unsafe { self.tier().verify(&key, &found, &[payload]) } {
-            Ok(()) => self.event_jobs(|parts, actions| parts.verified(part, actions)).1,
-            Err(error) => {
-                self.metrics.verify_failures.add(1);
-                self.read_failed(part, key, found, error)
-            }
-        }
-    }
-
-    fn read_failed(&self, part: PartId, key: PartKey, found: Found, error: Error) -> Vec<Job> {
-        let (units, jobs) =
-            self.event_jobs(|parts, actions| parts.read_failed(part, &error, actions));
-        self.explain_failure(key, found, error, units);
-        jobs
-    }
-
-    /// Asks the tier what the failed read means, and ends the loads with the answer.
-    fn explain_failure(&self, key: PartKey, found: Found, error: Error, units: Vec<Unit>) {
-        let ended = move |error: Error| {
-            units.iter().for_each(|unit| unit.task.settle(unit.index, Err(error.clone())));
-        };
-        self.explain(key, found, error, Box::new(ended));
-    }
-
-    /// A read that failed for good takes its entry out of the index; what passes leaves it there.
-    pub(super) fn explain(
-        &self,
-        key: PartKey,
-        found: Found,
-        error: Error,
-        ended: Box<dyn FnOnce(Error) + Send>,
-    ) {
-        let passing =
-            [ErrorKind::Timeout, ErrorKind::Busy, ErrorKind::Cancelled, ErrorKind::Closed];
-        if passing.contains(&error.kind()) {
-            ended(error);
-        } else {
-            self.tier().read_failed(&key, &found, error, ended);
-        }
     }
 
     // ---- saves: gather -> slot -> seal -> drive -> publish ----
@@ -312,6 +233,7 @@ impl Owner for Engine {
                     parts.gathered(part, unit.clone(), result.clone().map(|()| true), &mut actions);
                 }
             }
+            parts.flush(&mut actions);
         }
         // After the table knows of it, so that whoever waits for COPIED finds the part in DRAM.
         if let Some(result) = result {

@@ -1,8 +1,9 @@
 //! The store: the one door to the engine. Lookup, prefetch, save, load.
 //!
 //! `mod.rs` is the door: it checks arguments and answers from memory. `engine.rs` carries out what the
-//! part table decides, `submit.rs` turns a batch into a task, `direct.rs` moves bytes straight between
-//! registered caller memory and the drive, `hold.rs` keeps blocks in DRAM for a while, `open.rs` and `close.rs` are the two ends of its life.
+//! part table decides, `read.rs` its reads; `submit.rs` turns a batch into a task, `hold.rs` keeps blocks in
+//! DRAM for a while, `direct.rs` moves bytes straight between registered caller memory and the drive,
+//! `open.rs` and `close.rs` are the two ends of its life.
 
 mod close;
 mod direct;
@@ -11,6 +12,7 @@ mod fresh;
 mod hold;
 mod lookup;
 mod open;
+mod read;
 mod regions;
 mod stats;
 mod submit;

@@ -32,6 +32,10 @@ use crate::posix::{Scope, Tail, Tier, TierConfig};
 const QUEUE_MIN: usize = 4096;
 const QUEUE_MAX: usize = 65_536;
 
+/// Bytes of a part that are read at once where only some of its shards are waited for: a drive needs no more
+/// in one request, and a layer that is wanted next waits for no more.
+const PIECE_BYTES: u64 = 1 << 20;
+
 /// What a store may be given instead of what its configuration names.
 #[derive(Default)]
 pub struct Platform {
@@ -179,6 +183,7 @@ fn rules(config: &Config) -> Rules {
     Rules {
         slots: slots as u32,
         shards_per_part: config.geometry.shards_per_part(),
+        shards_per_piece: (PIECE_BYTES / config.geometry.shard_bytes).max(1) as u32,
         keep: if config.pipeline.cache { Keep::Cached } else { Keep::Staged },
         sink: if config.pipeline.storage == Storage::Posix { Sink::Storage } else { Sink::Nothing },
         queue_max: config.waiting_queue_depth,

@@ -1,0 +1,233 @@
+//! Reads: drive to slot, verify, tell the part table; and what a read that failed means.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use super::engine::Engine;
+use crate::block::{PAGE, PartKey};
+use crate::config::Checksum;
+use crate::copy::{Job, Size, Urgency};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Class, DmaSlice, thread};
+use crate::parts::{Check, Outcome, Piece, Unit};
+use crate::posix::{Found, Trailer};
+
+/// The two reads of a first piece, until both have ended.
+#[derive(Default)]
+struct Pair {
+    shards: Option<Result<()>>,
+    trailer: Option<Result<()>>,
+}
+
+impl Engine {
+    pub(super) fn read(&self, piece: Piece, class: Class, expires: Option<Instant>) {
+        let memory = self.piece_memory(&piece);
+        let engine = self.this();
+        let (key, found) = (piece.key, piece.found);
+        let start = memory.pointer.addr() - self.slot_base(piece.slot).addr();
+        let range = start as u64..(start + memory.length) as u64;
+        if !(matches!(piece.check, Check::First) && self.verifies()) {
+            let done = Box::new(move |result| engine.piece_done(piece, result));
+            return self.tier().read(&key, &found, range, vec![memory], class, expires, done);
+        }
+        let (trailer, end) = (self.trailer_memory(piece.slot), self.tier().extent_bytes());
+        let pair = Arc::new(Mutex::new(Pair::default()));
+        let (other, second) = (Arc::clone(&pair), piece.clone());
+        let done = Box::new(move |result| {
+            pair.lock().shards = Some(result);
+            engine.pair_done(piece, &pair);
+        });
+        self.tier().read(&key, &found, range, vec![memory], class, expires, done);
+        let engine = self.this();
+        let done = Box::new(move |result| {
+            other.lock().trailer = Some(result);
+            engine.pair_done(second, &other);
+        });
+        let range = end - PAGE as u64..end;
+        self.tier().read(&key, &found, range, vec![trailer], class, expires, done);
+    }
+
+    fn verifies(&self) -> bool {
+        self.config.checksum == Checksum::Full
+    }
+
+    /// Where a piece lies in its slot. A whole part comes with its padding, which the drive wants.
+    fn piece_memory(&self, piece: &Piece) -> DmaSlice {
+        let geometry = &self.config.geometry;
+        if let Check::Whole = piece.check {
+            return self.slot_memory(piece.slot, geometry.payload_bytes());
+        }
+        let shard = geometry.shard_bytes as usize;
+        let (from, to) = (piece.shards.start as usize * shard, piece.shards.end as usize * shard);
+        let pointer = self.slot_base(piece.slot).wrapping_add(from);
+        DmaSlice { pointer, length: to - from }
+    }
+
+    fn trailer_memory(&self, slot: u32) -> DmaSlice {
+        let at = self.config.geometry.payload_bytes() as usize;
+        DmaSlice { pointer: self.slot_base(slot).wrapping_add(at), length: PAGE }
+    }
+
+    /// One of the two reads of a first piece has ended.
+    fn pair_done(self: Arc<Self>, piece: Piece, pair: &Mutex<Pair>) {
+        let (shards, trailer) = {
+            let mut pair = pair.lock();
+            if pair.shards.is_none() || pair.trailer.is_none() {
+                return;
+            }
+            (pair.shards.take(), pair.trailer.take())
+        };
+        match (shards, trailer) {
+            // Without its trailer the part may still be good as a whole.
+            (Some(Ok(())), Some(Err(_))) => {
+                let jobs = self.piece_ended(&piece, Outcome::Misfit);
+                self.pool.push(jobs);
+            }
+            (Some(result), _) => self.piece_done(piece, result),
+            (None, _) => {}
+        }
+    }
+
+    /// On a reactor: the bytes are verified by whoever will copy them, a copy worker or the reactor itself.
+    fn piece_done(self: Arc<Self>, piece: Piece, result: Result<()>) {
+        if let Check::Shards(_) = piece.check {
+            self.event(|parts, _| parts.arrived(&piece));
+        }
+        match result {
+            Err(error) => {
+                let jobs = self.piece_failed(&piece, error);
+                self.pool.push(jobs);
+            }
+            Ok(()) => {
+                let size = Size::of(self.piece_memory(&piece).length as u64);
+                let engine = Arc::clone(&self);
+                let verify = Box::new(move || engine.verify(&piece));
+                self.pool.read(Job::Compute(Urgency::Load, verify), size);
+            }
+        }
+    }
+
+    fn piece_failed(&self, piece: &Piece, error: Error) -> Vec<Job> {
+        let shards = piece.shards.clone().collect();
+        self.piece_ended(piece, Outcome::Bad { shards, error, trailer: None })
+    }
+
+    /// Tells the part table, and those who will not get what they wait for.
+    fn piece_ended(&self, piece: &Piece, outcome: Outcome) -> Vec<Job> {
+        let error = match &outcome {
+            Outcome::Bad { error, .. } => Some(error.clone()),
+            _ => None,
+        };
+        let (failed, jobs) = thread::batch(|| {
+            self.event_jobs(|parts, actions| parts.read_ended(piece, outcome, actions))
+        });
+        if let Some(error) = error {
+            self.explain_failure(piece.key, piece.found, error, failed);
+        }
+        jobs
+    }
+
+    fn verify(&self, piece: &Piece) -> Vec<Job> {
+        let outcome = match &piece.check {
+            Check::Whole => self.verify_whole(piece),
+            Check::First if !self.verifies() => Outcome::Good(None),
+            Check::First => match self.trailer_of(piece) {
+                Some(trailer) => self.verify_shards(piece, &trailer, Some(Arc::clone(&trailer))),
+                None => Outcome::Misfit,
+            },
+            Check::Shards(None) => Outcome::Good(None),
+            Check::Shards(Some(trailer)) => self.verify_shards(piece, trailer, None),
+        };
+        if let Outcome::Bad { .. } = outcome {
+            self.metrics.verify_failures.add(1);
+        }
+        self.piece_ended(piece, outcome)
+    }
+
+    fn verify_whole(&self, piece: &Piece) -> Outcome {
+        let payload = self.slot_memory(piece.slot, self.config.geometry.part_bytes);
+        // SAFETY: the piece is the whole part and its read has ended; until `read_ended` nobody else touches
+        // the slot.
+        match unsafe { self.tier().verify(&piece.key, &piece.found, &[payload]) } {
+            Ok(()) => Outcome::Good(None),
+            Err(error) => {
+                let shards = piece.shards.clone().collect();
+                Outcome::Bad { shards, error, trailer: None }
+            }
+        }
+    }
+
+    /// The part's trailer, if it has checksums of which each shard is made of whole ones.
+    fn trailer_of(&self, piece: &Piece) -> Option<Arc<Trailer>> {
+        let memory = self.trailer_memory(piece.slot);
+        // SAFETY: one page of the slot, initialised by the read that has ended; a part has one first piece
+        // at a time, so nobody writes there now.
+        let page = unsafe { std::slice::from_raw_parts(memory.pointer, memory.length) };
+        let trailer = self.tier().trailer(&piece.key, &piece.found, page).ok()?;
+        let unit_bytes = self.tier().unit_bytes(&trailer);
+        let fits = self.config.geometry.shard_bytes.is_multiple_of(unit_bytes);
+        (fits && !trailer.units.is_empty()).then(|| Arc::new(trailer))
+    }
+
+    fn verify_shards(
+        &self,
+        piece: &Piece,
+        trailer: &Trailer,
+        found_now: Option<Arc<Trailer>>,
+    ) -> Outcome {
+        let mut bad = Vec::new();
+        let mut first = None;
+        for shard in piece.shards.clone() {
+            if let Err(error) = self.verify_shard(piece, trailer, shard) {
+                bad.push(shard);
+                first.get_or_insert(error);
+            }
+        }
+        match first {
+            None => Outcome::Good(found_now),
+            Some(error) => Outcome::Bad { shards: bad, error, trailer: found_now },
+        }
+    }
+
+    fn verify_shard(&self, piece: &Piece, trailer: &Trailer, shard: u32) -> Result<()> {
+        let unit_bytes = self.tier().unit_bytes(trailer);
+        let units = (self.config.geometry.shard_bytes / unit_bytes) as u32;
+        (shard * units..(shard + 1) * units).try_for_each(|unit| {
+            let at = u64::from(unit) * unit_bytes;
+            let memory = DmaSlice {
+                pointer: self.slot_base(piece.slot).wrapping_add(at as usize),
+                length: unit_bytes as usize,
+            };
+            // SAFETY: the unit lies in the piece, whose read has ended; until `read_ended` nobody else touches
+            // the piece's shards, whatever is done with others of the slot.
+            unsafe { self.tier().verify_unit(&piece.key, &piece.found, trailer, unit, &[memory]) }
+        })
+    }
+
+    /// Asks the tier what the failed read means, and ends the loads with the answer.
+    fn explain_failure(&self, key: PartKey, found: Found, error: Error, units: Vec<Unit>) {
+        let ended = move |error: Error| {
+            units.iter().for_each(|unit| unit.task.settle(unit.index, Err(error.clone())));
+        };
+        self.explain(key, found, error, Box::new(ended));
+    }
+
+    /// A read that failed for good takes its entry out of the index; what passes leaves it there.
+    pub(super) fn explain(
+        &self,
+        key: PartKey,
+        found: Found,
+        error: Error,
+        ended: Box<dyn FnOnce(Error) + Send>,
+    ) {
+        let passing =
+            [ErrorKind::Timeout, ErrorKind::Busy, ErrorKind::Cancelled, ErrorKind::Closed];
+        if passing.contains(&error.kind()) {
+            ended(error);
+        } else {
+            self.tier().read_failed(&key, &found, error, ended);
+        }
+    }
+}
