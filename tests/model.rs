@@ -18,7 +18,7 @@ use ucm::error::ErrorKind;
 use ucm::io::backend::BackendConfig;
 use ucm::io::sim::{Call, Effect, Fault, Occasion, SimConfig, SimDisk};
 use ucm::store::{Platform, Store};
-use ucm::task::{Progress, Stage};
+use ucm::task::{Progress, Stage, Task};
 
 const PART: usize = 32 << 10;
 const BLOCKS: u64 = 12;
@@ -64,6 +64,9 @@ enum Step {
     Save { store: usize, blocks: Vec<u64> },
     SaveShards { store: usize, block: u64, from: usize, count: usize },
     Load { store: usize, blocks: Vec<u64> },
+    LoadByShards { store: usize, block: u64, from: usize },
+    Hold { store: usize, blocks: Vec<u64> },
+    Release { which: usize },
     Lookup { store: usize },
     Prefetch { store: usize, blocks: Vec<u64> },
     Reopen { store: usize },
@@ -78,6 +81,10 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0usize..16, 0..BLOCKS, 0usize..8, 1usize..9)
             .prop_map(|(store, block, from, count)| Step::SaveShards { store, block, from, count }),
         4 => (0usize..16, blocks()).prop_map(|(store, blocks)| Step::Load { store, blocks }),
+        3 => (0usize..16, 0..BLOCKS, 0usize..8)
+            .prop_map(|(store, block, from)| Step::LoadByShards { store, block, from }),
+        1 => (0usize..16, blocks()).prop_map(|(store, blocks)| Step::Hold { store, blocks }),
+        1 => (0usize..16).prop_map(|which| Step::Release { which }),
         2 => (0usize..16).prop_map(|store| Step::Lookup { store }),
         1 => (0usize..16, blocks()).prop_map(|(store, blocks)| Step::Prefetch { store, blocks }),
         1 => (0usize..16).prop_map(|store| Step::Reopen { store }),
@@ -92,6 +99,8 @@ struct Run {
     directory: TempDir,
     sim: Arc<SimDisk>,
     stores: Vec<Arc<Store>>,
+    /// Blocks that a store holds, with the task that does.
+    holds: Vec<(usize, u64, Arc<Task>)>,
     acknowledged: HashSet<(u64, usize)>,
     tried: HashSet<(u64, usize)>,
     broken: bool,
@@ -109,6 +118,7 @@ impl Run {
             directory: TempDir::new().unwrap(),
             sim: SimDisk::new(config),
             stores: Vec::new(),
+            holds: Vec::new(),
             acknowledged: HashSet::new(),
             tried: HashSet::new(),
             broken: false,
@@ -212,23 +222,84 @@ impl Run {
         done(&task, Stage::Released);
         for (index, status) in task.statuses().unwrap().into_iter().enumerate() {
             let (block, shard) = entries[index];
-            match status {
-                Ok(()) => {
-                    assert!(self.tried.contains(&(block, part)), "block {block} came from nowhere");
-                    assert_eq!(pages.wrong(index, Self::content(block, part), shard * bytes), None);
-                }
-                Err(error) if self.broken => {
-                    // A read that failed for good leaves the index: the part may be missed from now on.
-                    assert_ne!(error.kind(), ErrorKind::Internal, "{error}");
-                    self.acknowledged.remove(&(block, part));
-                }
-                Err(error) => {
-                    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-                    assert!(
-                        !self.acknowledged.contains(&(block, part)),
-                        "block {block} is lost: {error}"
-                    );
-                }
+            self.judge_load(store, block, &status);
+            if status.is_ok() {
+                assert_eq!(pages.wrong(index, Self::content(block, part), shard * bytes), None);
+            }
+        }
+    }
+
+    /// Every shard by a task of its own, beginning anywhere, all under way together.
+    fn load_by_shards(&mut self, store: usize, block: u64, from: usize) {
+        let (part, bytes, shards) = (self.part(store), self.shard_bytes(), self.world.shards);
+        let mut pages = Pages::new(shards, bytes);
+        let tasks: Vec<_> = (0..shards)
+            .map(|shard| {
+                let shard = (shard + from) % shards;
+                let address = [pages.address(shard, 0)];
+                let index = [shard as u32];
+                (shard, load(&self.stores[store], &[id(block)], Some(&index), &address).unwrap())
+            })
+            .collect();
+        for (shard, task) in tasks {
+            let _ = task.wait(Stage::Loaded, WAIT);
+            done(&task, Stage::Released);
+            let status = task.statuses().unwrap().remove(0);
+            self.judge_load(store, block, &status);
+            if status.is_ok() {
+                assert_eq!(pages.wrong(shard, Self::content(block, part), shard * bytes), None);
+            }
+        }
+    }
+
+    fn hold(&mut self, store: usize, blocks: &[u64]) {
+        let ids: Vec<_> = blocks.iter().map(|block| id(*block)).collect();
+        let task = match self.stores[store].hold(&ids, 0) {
+            Ok(task) => task,
+            Err(error) => {
+                assert!(self.world.pipeline == "Posix" && error.kind() == ErrorKind::Unsupported);
+                return;
+            }
+        };
+        let _ = task.wait(Stage::Loaded, WAIT);
+        for (block, status) in blocks.iter().zip(task.statuses().unwrap()) {
+            match &status {
+                Ok(()) => self.holds.push((store, *block, Arc::clone(&task))),
+                Err(error) if error.kind() == ErrorKind::Busy => {}
+                Err(_) => self.judge_load(store, *block, &status),
+            }
+        }
+    }
+
+    fn release(&mut self, which: usize) {
+        if self.holds.is_empty() {
+            return;
+        }
+        let (_, _, task) = self.holds.swap_remove(which % self.holds.len());
+        self.holds.retain(|(_, _, other)| !Arc::ptr_eq(other, &task));
+        task.release_handle();
+    }
+
+    /// Whether the status of a load is one that the model allows.
+    fn judge_load(&mut self, store: usize, block: u64, status: &ucm::error::Result<()>) {
+        let part = self.part(store);
+        let held = self.holds.iter().any(|(at, held, _)| (*at, *held) == (store, block));
+        match status {
+            Err(error) if held => panic!("a load of held block {block} failed: {error}"),
+            Ok(()) => {
+                assert!(self.tried.contains(&(block, part)), "block {block} came from nowhere");
+            }
+            Err(error) if self.broken => {
+                // A read that failed for good leaves the index: the part may be missed from now on.
+                assert_ne!(error.kind(), ErrorKind::Internal, "{error}");
+                self.acknowledged.remove(&(block, part));
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                assert!(
+                    !self.acknowledged.contains(&(block, part)),
+                    "block {block} is lost: {error}"
+                );
             }
         }
     }
@@ -265,6 +336,11 @@ impl Run {
                 self.save(store % count, &[block], from..to);
             }
             Step::Load { store, blocks } => self.load(store % count, &blocks),
+            Step::LoadByShards { store, block, from } => {
+                self.load_by_shards(store % count, block, from);
+            }
+            Step::Hold { store, blocks } => self.hold(store % count, &blocks),
+            Step::Release { which } => self.release(which),
             Step::Lookup { store } => self.lookup(store % count),
             Step::Prefetch { store, blocks } => {
                 let ids: Vec<_> = blocks.into_iter().map(id).collect();
@@ -273,6 +349,7 @@ impl Run {
             Step::Reopen { store } if !self.broken => {
                 let store = store % count;
                 self.stores[store].close();
+                self.holds.retain(|(at, _, _)| *at != store);
                 self.stores[store] = self.open(self.part(store));
             }
             Step::Break { call } if matches!(self.world.disk, Disk::Sim) => {

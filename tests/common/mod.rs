@@ -295,9 +295,14 @@ pub fn files(directory: &Path, part: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Overwrites bytes of every segment at each place where block `number`'s first bytes are found.
+/// Flips a bit of block `number` on storage, at its beginning.
 pub fn damage(directory: &Path, number: u64) {
-    let needle: Vec<u8> = (0..64).map(|at| expected(number, at)).collect();
+    damage_at(directory, number, 0);
+}
+
+/// Flips a bit of block `number` on storage, behind its byte `from`.
+pub fn damage_at(directory: &Path, number: u64, from: usize) {
+    let needle: Vec<u8> = (from..from + 64).map(|at| expected(number, at)).collect();
     let mut hits = 0;
     for path in files(directory, "segments") {
         let mut bytes = std::fs::read(&path).unwrap();
