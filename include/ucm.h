@@ -841,7 +841,8 @@ ucm_status_t ucm_save(ucm_store_t *store,
  * Loads shards of blocks: starts bringing them from the Cache tier or from storage into the caller's memory.
  *
  * Does not block. Every entry has a status of its own: some missing blocks do not keep the others from
- * being loaded. The bytes of an entry that is not UCM_STATUS_OK are undefined. The arrays are copied
+ * being loaded. Shards that are asked for by several tasks are read in the order of asking, and each is
+ * there when it was read, not when its whole part was (docs/architecture.md tells the exceptions). The bytes of an entry that is not UCM_STATUS_OK are undefined. The arrays are copied
  * before the call returns. The memory they point at must stay valid, and be left alone, until stage
  * LOADED is reached without error, or until RELEASED. Exactly one task is made when the answer is
  * UCM_STATUS_OK, else none.
