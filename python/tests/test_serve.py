@@ -85,7 +85,7 @@ def test_storage_fails_under_a_running_server(
     """Reads that fail, reads that take too long, a full disk, damaged segments, a directory that is gone."""
     directory, switch = bench.root / "kv-faults", bench.root / "fault"
     switch.write_text("none")
-    yaml_file = bench.file("kv-faults", store_pipeline="Posix", io_engine="psync", timeout_ms=1000)
+    yaml_file = bench.file("kv-faults", store_pipeline="Posix", io_engine="psync", timeout_ms=5000)
     faults = {
         "LD_PRELOAD": str(fault_library), "UCM_FAULT_DIRECTORY": str(directory),
         "UCM_FAULT_SWITCH": str(switch),

@@ -35,7 +35,9 @@ def test_saved_and_loaded_by_another_process(
     second = bench.run(phases, config=config)
     assert [phase["outputs"] for phase in second[:4]] == [phase["outputs"] for phase in plain]
     assert loaded(second[0]) == external(second[0]) == loadable(PROMPTS)
-    assert loaded(second[1]) >= sum(cut // BLOCK * BLOCK for cut in (BLOCK, 5 * BLOCK, 700))
+    shared = [cut // BLOCK * BLOCK for cut in (BLOCK, 5 * BLOCK, 700)]
+    # What a step loads layer by layer the other requests of that step find in vLLM's own cache already.
+    assert loaded(second[1]) >= (max(shared) if layerwise else sum(shared))
     # Of the chat's last prompt all but the newest turn is there, answers included.
     assert loaded(second[2]) >= 3 * BLOCK
     for phase in second[3:]:

@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { SLOW_READ_MS = 1500, WORD = 32, PATH_BYTES = 4096 };
+enum { SLOW_READ_MS = 7000, WORD = 32, PATH_BYTES = 4096 };
 
 /* The word in the switch file; empty where there is none. */
 static void fault(char word[WORD])
