@@ -242,11 +242,17 @@ fn open_backends(config: &Config, deadline: Instant) -> Result<Vec<Arc<Backend>>
         affinity: config.cpu_affinity.clone(),
         queue_depth: (rules(config).slots as usize).clamp(QUEUE_MIN, QUEUE_MAX),
     };
+    // Of several directories one may hang: the others still need time, to read what is in them.
+    let now = Instant::now();
+    let probed = match config.storage_backends.len() {
+        0 | 1 => deadline,
+        _ => now + deadline.saturating_duration_since(now) / 2,
+    };
     let opened: Vec<Result<Arc<Backend>>> = std::thread::scope(|scope| {
         let directories = config.storage_backends.iter();
         let threads: Vec<_> = directories
             .map(|directory| {
-                thread::quietly(|| scope.spawn(|| Backend::open(directory, &io, deadline)))
+                thread::quietly(|| scope.spawn(|| Backend::open(directory, &io, probed)))
             })
             .collect();
         threads

@@ -125,7 +125,7 @@ fn a_page_that_just_became_full_is_not_lost() {
         let config = SimConfig { seed: crash_at, crash_at: Some(crash_at), ..Default::default() };
         let disk = SimDisk::new(config);
         let acknowledged = save_until_dark(&disk, Durability::Durable);
-        for seed in 0..6 {
+        for seed in 0..4 {
             let after = disk.reboot(Survival::PowerLoss, SimConfig { seed, ..Default::default() });
             check(&after, &acknowledged, true, &format!("step {crash_at}, seed {seed}"));
         }

@@ -180,7 +180,7 @@ fn opening_does_not_wait_for_a_hung_backend() {
     let hang = Effect::Delay(Duration::from_secs(6));
     hung.inject(always(Call::CreateDir, hang));
     hung.inject(always(Call::List, hang));
-    let short = TierConfig { timeout: Duration::from_millis(500), ..config() };
+    let short = TierConfig { timeout: Duration::from_secs(2), ..config() };
     let scope = Scope { parts: 0..1, tail: Tail::Own };
     let until = Instant::now() + Duration::from_secs(4);
     let tier = Tier::open(&namespace(1), scope, backends, short, until).unwrap();
@@ -213,7 +213,7 @@ fn opening_on_a_hung_mount_times_out() {
 #[test]
 fn reserving_moves_on_from_a_hung_backend() {
     let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
-    let short = TierConfig { timeout: Duration::from_millis(400), ..config() };
+    let short = TierConfig { timeout: Duration::from_secs(2), ..config() };
     let tier = tier_over(&[&hung, &good], short);
     hung.inject(always(Call::Allocate, Effect::Delay(Duration::from_secs(60))));
     for number in 0..5 {
@@ -229,12 +229,13 @@ fn reserving_moves_on_from_a_hung_backend() {
 #[test]
 fn writes_avoid_a_hung_backend() {
     let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
-    let short = TierConfig { timeout: Duration::from_millis(400), ..config() };
+    let short = TierConfig { timeout: Duration::from_secs(2), ..config() };
     let tier = tier_over(&[&hung, &good], short);
     save(&tier, key(0, 0)).unwrap();
     hung.inject(on(Call::Write, "segments", Effect::Delay(Duration::from_secs(60))));
     let _stuck = begin_saves(&tier, &[key(1, 0)]);
-    std::thread::sleep(Duration::from_millis(900));
+    // As long as a save waits for an answer.
+    std::thread::sleep(Duration::from_millis(2500));
     for number in 2..200 {
         save(&tier, key(number, 0)).unwrap();
     }

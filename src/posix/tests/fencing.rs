@@ -13,7 +13,7 @@ use crate::posix::image;
 use crate::posix::names::{Fence, ManifestName};
 
 /// Long enough for heartbeats to come in time on a busy machine.
-const LEASE: Duration = Duration::from_millis(900);
+const LEASE: Duration = Duration::from_secs(2);
 
 fn leased() -> TierConfig {
     TierConfig { lease: LEASE, ..config() }

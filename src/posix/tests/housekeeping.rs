@@ -167,7 +167,7 @@ fn what_others_retired_stays_for_the_grace() {
 #[test]
 fn reclaim_does_not_wait_for_a_hung_backend() {
     let (good, hung) = (SimDisk::new(SimConfig::default()), SimDisk::new(SimConfig::default()));
-    let config = TierConfig { timeout: Duration::from_millis(300), ..config() };
+    let config = TierConfig { timeout: Duration::from_secs(1), ..config() };
     let tier = tier_over(&[&good, &hung], TierConfig { capacity_bytes: Some(1 << 40), ..config });
     let hang = Effect::Delay(Duration::from_secs(60));
     hung.inject(always(Call::List, hang));
