@@ -304,6 +304,11 @@ fn forked() {
 }
 
 #[test]
+fn hostile() {
+    check("hostile.cpp");
+}
+
+#[test]
 fn surroundings() {
     check("surroundings.c");
 }

@@ -9,7 +9,7 @@ use super::handles::{Kind, Registry, Token};
 use super::pointers::{UCM_COUNT_MAX, invalid, slice_mut};
 use super::status::{UCM_STATUS_OK, UCM_STATUS_PENDING, status_of, ucm_status_t};
 use super::store::store_of;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
 use crate::task::{Progress, Stage, Task};
 
@@ -31,11 +31,24 @@ pub const UCM_STAGE_LOADED: u32 = 3;
 /// and UCM_STATUS_CANCELLED do not imply it.
 pub const UCM_STAGE_RELEASED: u32 = 4;
 
-/// A task's handle exists before the task, because a completion may be reaped before submit returns.
+/// A task's handle exists before the task, because a completion may be reaped before submit returns. `None`:
+/// there will be no task.
+type Cell = Arc<OnceLock<Option<Arc<Task>>>>;
+
 #[derive(Clone)]
 struct Entry {
-    task: Arc<OnceLock<Arc<Task>>>,
+    task: Cell,
     store: Token,
+}
+
+impl Entry {
+    /// The task. A thread that learnt of it by reaping may be here before the thread that submitted it has
+    /// come back: it waits for that moment.
+    fn wait(&self) -> Result<&Arc<Task>> {
+        let none =
+            || Error::new(ErrorKind::Closed, "the task handle was closed: its submit failed");
+        self.task.wait().as_ref().ok_or_else(none)
+    }
 }
 
 static TASKS: Registry<Entry> = Registry::new(Kind::Task);
@@ -43,7 +56,7 @@ static TASKS: Registry<Entry> = Registry::new(Kind::Task);
 /// A handle whose task is about to be submitted. Dropped unfilled, the handle ends.
 pub(super) struct Reserved {
     token: Token,
-    task: Option<Arc<OnceLock<Arc<Task>>>>,
+    task: Option<Cell>,
 }
 
 impl Reserved {
@@ -62,7 +75,7 @@ impl Reserved {
     /// Puts the task behind its handle.
     pub(super) fn fill(mut self, task: Arc<Task>) -> Token {
         if let Some(cell) = self.task.take() {
-            let _ = cell.set(task);
+            let _ = cell.set(Some(task));
         }
         self.token
     }
@@ -70,16 +83,17 @@ impl Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if self.task.is_some() {
+        if let Some(cell) = self.task.take() {
             let _ = TASKS.remove(self.token);
+            // Who guessed the handle meanwhile waits no longer.
+            let _ = cell.set(None);
         }
     }
 }
 
-/// The task behind a handle. A thread that learnt of the task by reaping may be here before the thread
-/// that submitted it has come back: it waits for that moment.
+/// The task behind a handle.
 fn task_of(handle: *const ucm_task_t) -> Result<Arc<Task>> {
-    Ok(Arc::clone(TASKS.get(Token::from_pointer(handle))?.task.wait()))
+    TASKS.get(Token::from_pointer(handle))?.wait().cloned()
 }
 
 /// The store that a task was submitted to.
@@ -284,8 +298,27 @@ pub unsafe extern "C" fn ucm_task_free(task: *mut ucm_task_t) {
     if !task.is_null() {
         let _ = enter(|| {
             let entry = TASKS.remove(Token::from_pointer(task))?;
-            entry.task.wait().release_handle();
+            entry.wait()?.release_handle();
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Goal: whoever uses a handle before its submit has failed is answered, and does not wait for ever.
+    #[test]
+    fn a_handle_whose_submit_fails_is_closed_for_those_who_wait() {
+        let reserved = Reserved::new(Token::from_number(0)).unwrap();
+        let token = reserved.token();
+        let waiter =
+            std::thread::spawn(move || task_of(token.to_pointer()).err().map(|it| it.kind()));
+        while Arc::strong_count(reserved.task.as_ref().unwrap()) < 3 {
+            std::thread::yield_now(); // The registry, this test and the waiter.
+        }
+        drop(reserved);
+        assert_eq!(waiter.join().unwrap(), Some(ErrorKind::Closed));
     }
 }

@@ -249,10 +249,16 @@ impl Backend {
     /// is not an error: transfers work without. The memory stays valid until [`Backend::unregister_memory`]
     /// or [`Backend::stop`].
     pub fn register_memory(&self, base: *mut u8, length: usize) -> Result<()> {
-        for reactor in &self.reactors {
-            match reactor.register_memory(DmaSlice { pointer: base, length })? {
-                Registration::Fixed | Registration::NotUsed => {}
-                Registration::Refused(errno) => self.note(registration_fallback(length, errno)),
+        for (index, reactor) in self.reactors.iter().enumerate() {
+            match reactor.register_memory(DmaSlice { pointer: base, length }) {
+                Ok(Registration::Fixed | Registration::NotUsed) => {}
+                Ok(Registration::Refused(errno)) => self.note(registration_fallback(length, errno)),
+                Err(error) => {
+                    for earlier in &self.reactors[..index] {
+                        let _ = earlier.unregister_memory(base, length);
+                    }
+                    return Err(error);
+                }
             }
         }
         self.registered.lock().push((base as usize, length));

@@ -304,11 +304,17 @@ impl Owned {
         match command {
             Command::Register(memory, reply) => {
                 let registration = self.io.register_memory(memory);
-                if registration == Registration::Fixed {
-                    let bytes = memory.length as u64;
-                    self.shared.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
+                let fixed = registration == Registration::Fixed;
+                match reply.send(registration) {
+                    Ok(()) if fixed => {
+                        let bytes = memory.length as u64;
+                        self.shared.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
+                    }
+                    // The caller has given up and may unmap the memory: other pages that come to its
+                    // address must not be taken for these.
+                    Err(_) if fixed => drop(self.io.unregister_memory(memory.pointer)),
+                    _ => {}
                 }
-                let _ = reply.send(registration);
             }
             Command::Unregister(base, length, reply) => {
                 if self.schedule.uses(base, length) {
@@ -380,5 +386,80 @@ impl Owned {
         let mut counters = self.schedule.counters();
         counters.system_calls = self.io.system_calls();
         *self.shared.counters.lock() = counters;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::engine::{Op, Wake};
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// An engine that registers memory and transfers nothing.
+    struct Registers {
+        registered: Arc<AtomicUsize>,
+        waker: Arc<Waker>,
+    }
+
+    #[derive(Default)]
+    struct Waker(parking_lot::Mutex<bool>, parking_lot::Condvar);
+
+    impl Wake for Waker {
+        fn wake(&self) {
+            *self.0.lock() = true;
+            self.1.notify_one();
+        }
+    }
+
+    impl Io for Registers {
+        fn name(&self) -> &'static str {
+            "registers"
+        }
+        fn depth(&self) -> u32 {
+            1
+        }
+        fn waker(&self) -> Arc<dyn Wake> {
+            Arc::clone(&self.waker) as Arc<dyn Wake>
+        }
+        fn push(&mut self, _op: &Op<'_>) {}
+        fn wait(&mut self, patience: Patience, _ended: &mut Vec<Ended>) -> Result<()> {
+            let mut woken = self.waker.0.lock();
+            while patience.at_least > 0 && !*woken {
+                self.waker.1.wait(&mut woken);
+            }
+            *woken = false;
+            Ok(())
+        }
+        fn register_memory(&mut self, _memory: DmaSlice) -> Registration {
+            self.registered.fetch_add(1, Ordering::SeqCst);
+            Registration::Fixed
+        }
+        fn unregister_memory(&mut self, _base: *mut u8) -> bool {
+            self.registered.fetch_sub(1, Ordering::SeqCst) > 0
+        }
+        fn system_calls(&self) -> u64 {
+            0
+        }
+    }
+
+    /// Goal: a registration whose caller has stopped waiting for it is undone, because the caller takes its
+    /// memory for its own.
+    #[test]
+    fn a_registration_nobody_waits_for_is_undone() {
+        let registered = Arc::new(AtomicUsize::new(0));
+        let io = Registers { registered: Arc::clone(&registered), waker: Arc::default() };
+        let config =
+            ReactorConfig { name: "ucm-test".into(), cpu: None, io_bytes: 4096, queue_depth: 4 };
+        let reactor = Reactor::start(Box::new(io), &config).unwrap();
+        let memory = DmaSlice { pointer: std::ptr::without_provenance_mut(4096), length: 4096 };
+        assert_eq!(reactor.register_memory(memory).unwrap(), Registration::Fixed);
+        assert_eq!((registered.load(Ordering::SeqCst), reactor.registered_bytes()), (1, 4096));
+        let (reply, answer) = mpsc::sync_channel(1);
+        drop(answer);
+        reactor.shared.commands.push(Command::Register(memory, reply));
+        // Commands are obeyed in order: when this one is answered, the one before has been.
+        reactor.unregister_memory(memory.pointer, memory.length).unwrap();
+        assert_eq!((registered.load(Ordering::SeqCst), reactor.registered_bytes()), (0, 0));
+        assert_eq!(reactor.stop(Instant::now() + Duration::from_secs(60)), Drained::Yes);
     }
 }

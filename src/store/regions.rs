@@ -65,7 +65,8 @@ impl Regions {
         Ok(())
     }
 
-    fn remove(&self, base: usize) -> Result<()> {
+    /// Returns the length.
+    fn remove(&self, base: usize) -> Result<usize> {
         let mut regions = self.0.write();
         let Some(index) = regions.iter().position(|it| it.base == base) else {
             let text = format!("base: no memory is registered at {base:#x}");
@@ -77,8 +78,7 @@ impl Regions {
                 format!("base: {users} operations use the memory at {base:#x}; wait for RELEASED");
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        regions.swap_remove(index);
-        Ok(())
+        Ok(regions.swap_remove(index).length)
     }
 }
 
@@ -112,7 +112,17 @@ impl Engine {
     }
 
     pub(super) fn unregister_memory(&self, base: *mut u8) -> Result<()> {
-        self.regions.remove(base.addr())?;
-        self.backends.iter().try_for_each(|backend| backend.unregister_memory(base))
+        let length = self.regions.remove(base.addr())?;
+        let mut outcome = Ok(());
+        for backend in &self.backends {
+            match backend.unregister_memory(base) {
+                // It was this one's turn in an earlier try already.
+                Err(error) if error.kind() == ErrorKind::InvalidArgument => {}
+                Err(error) => outcome = Err(error),
+                Ok(()) => {}
+            }
+        }
+        // What a backend still knows can be tried again, and must not be registered twice meanwhile.
+        outcome.inspect_err(|_: &Error| drop(self.regions.add(base.addr(), length)))
     }
 }
