@@ -304,6 +304,11 @@ fn forked() {
 }
 
 #[test]
+fn executed() {
+    check("executed.c");
+}
+
+#[test]
 fn hostile() {
     check("hostile.cpp");
 }

@@ -1,7 +1,7 @@
 //! Who a process is, beyond its number, and whether it still lives. Numbers are used again; the start time,
 //! the boot and the namespace of the number tell two bearers apart.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
@@ -78,6 +78,29 @@ pub(super) fn running<'a>(watches: impl Iterator<Item = &'a OwnedFd>) -> Vec<boo
     let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, 0) };
     // A failed poll (EINTR, ENOMEM) proves no life, and a hit that is missed costs little.
     polls.iter().map(|poll| ready >= 0 && poll.revents == 0).collect()
+}
+
+/// Says with a lock on `file` that this process is what it was: the kernel lets go of the lock when the process
+/// ends, and also when it executes another program, which keeps number and start time.
+pub(super) fn hold(file: &File) -> std::io::Result<()> {
+    flock(file, libc::LOCK_EX)
+}
+
+/// Whether anybody holds the file. Where the system does not say, it counts as held.
+pub(super) fn is_held(file: &File) -> bool {
+    match flock(file, libc::LOCK_SH) {
+        // Readers' locks do not exclude each other, and a writer takes its own before there are readers.
+        Ok(()) => flock(file, libc::LOCK_UN).is_err(),
+        Err(_) => true,
+    }
+}
+
+fn flock(file: &File, operation: libc::c_int) -> std::io::Result<()> {
+    // SAFETY: flock takes an open descriptor and touches no memory of this process.
+    match unsafe { libc::flock(file.as_raw_fd(), operation | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
 
 fn start_time(pid: u32) -> std::io::Result<u64> {

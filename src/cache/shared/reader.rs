@@ -19,7 +19,7 @@ use super::{DIRECTORY, SharedScope};
 
 /// Most tables of one scope: ranks of one host.
 const TABLES_MAX: usize = 256;
-/// How often new tables are looked for, while somebody asks.
+/// How often new tables are looked for, and whether writers run what they ran, while somebody asks.
 const SCAN_INTERVAL: Duration = Duration::from_millis(100);
 /// How old the knowledge of the writers' lives may be for a single question.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
@@ -30,6 +30,8 @@ const BUCKETS_MAX: u64 = 1 << 28;
 struct Open {
     path: PathBuf,
     table: Table,
+    /// The writer holds it as long as it runs the program that made the table.
+    file: File,
     writer: Process,
     /// Readable when the writer ends; without one its life is looked up in `/proc`.
     watch: Option<OwnedFd>,
@@ -123,6 +125,7 @@ impl SharedReaders {
         let Some(here) = self.here else { return };
         let known = self.tables.read().clone();
         let mut tables = living(&known, &here);
+        tables.retain(|open| process::is_held(&open.file));
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
         for entry in entries {
             let name = entry.file_name();
@@ -149,13 +152,14 @@ fn is_due(last: &AtomicU64, opened: Instant, interval: Duration) -> bool {
 }
 
 fn open_living(path: PathBuf, here: &Process) -> Option<Open> {
-    let table = open_table(&path)?;
+    let (table, file) = open_table(&path)?;
     let writer = table.writer();
-    if table.is_closed() || !writer.is_visible_from(here) || writer.is_gone(here) {
+    let gone = writer.is_gone(here) || !process::is_held(&file);
+    if table.is_closed() || !writer.is_visible_from(here) || gone {
         return None;
     }
     let watch = writer.watch();
-    Some(Open { path, table, writer, watch })
+    Some(Open { path, table, file, writer, watch })
 }
 
 /// The tables whose writers lived when it was made. For one batch, not to be kept.
@@ -189,7 +193,7 @@ fn living(tables: &[Arc<Open>], here: &Process) -> Vec<Arc<Open>> {
 }
 
 /// Maps a table for reading; `None` where the file is not a finished table of this user alone.
-pub(super) fn open_table(path: &Path) -> Option<Table> {
+pub(super) fn open_table(path: &Path) -> Option<(Table, File)> {
     let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK;
     let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
     let metadata = file.metadata().ok()?;
@@ -211,5 +215,6 @@ pub(super) fn open_table(path: &Path) -> Option<Table> {
     {
         return None;
     }
-    Table::map(&file, buckets as usize, Access::Read).ok()
+    let table = Table::map(&file, buckets as usize, Access::Read).ok()?;
+    Some((table, file))
 }

@@ -15,7 +15,7 @@ use crate::block::{PAGE, PartKey};
 use super::process::Process;
 
 /// "ucmDRAM" and the version of the layout.
-pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"ucmDRAM\x01");
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"ucmDRAM\x02");
 /// Keys in a bucket.
 pub(super) const WAYS: usize = 3;
 /// A reader that finds a bucket in change so often stops waiting for the writer, which the scheduler may have

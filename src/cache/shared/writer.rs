@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::block::PartKey;
 use crate::error::{Error, ErrorKind, Result};
 
-use super::process::Process;
+use super::process::{self, Process};
 use super::reader::open_table;
 use super::table::{Access, MAGIC, Table, WAYS, Words, bytes_of};
 use super::{DIRECTORY, SharedScope, user_prefix};
@@ -24,6 +24,8 @@ static SERIAL: AtomicU32 = AtomicU32::new(0);
 #[derive(Debug)]
 pub struct SharedTable {
     table: Table,
+    /// Held as long as the process runs this program.
+    _held: File,
     path: PathBuf,
     keys: u32,
     keys_max: u32,
@@ -56,7 +58,7 @@ impl SharedTable {
         let path = directory.join(name);
         // Half full at most, so that few keys pass a bucket.
         let buckets = (keys_max as usize * 2 / WAYS).max(1).next_power_of_two();
-        let table = Self::map_new(&path, buckets).inspect_err(|_| {
+        let (table, held) = Self::map_new(&path, buckets).inspect_err(|_| {
             // Best effort: what cannot be removed is removed as a dead writer's later.
             let _ = fs::remove_file(&path);
         })?;
@@ -67,11 +69,11 @@ impl SharedTable {
         header.boot.store(process.boot, Ordering::Relaxed);
         header.pid_namespace.store(process.namespace, Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
-        Ok(Self { table, path, keys: 0, keys_max, closed: false })
+        Ok(Self { table, _held: held, path, keys: 0, keys_max, closed: false })
     }
 
-    fn map_new(path: &Path, buckets: usize) -> Result<Table> {
-        let attempt = || -> std::io::Result<Table> {
+    fn map_new(path: &Path, buckets: usize) -> Result<(Table, File)> {
+        let attempt = || -> std::io::Result<_> {
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -79,8 +81,9 @@ impl SharedTable {
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
                 .open(path)?;
+            process::hold(&file)?;
             reserve(&file, bytes_of(buckets))?;
-            Table::map(&file, buckets, Access::Write)
+            Ok((Table::map(&file, buckets, Access::Write)?, file))
         };
         attempt().map_err(|error| Error::io("creating the shared cache table", Some(path), &error))
     }
@@ -192,7 +195,9 @@ fn remove_dead(directory: &Path, here: &Process) {
         }
         // One that cannot be opened may be another's that is being made right now: its name tells.
         let gone = match open_table(&entry.path()) {
-            Some(table) => table.is_closed() || table.writer().is_gone(here),
+            Some((table, file)) => {
+                table.is_closed() || table.writer().is_gone(here) || !process::is_held(&file)
+            }
             None => named_writer(&entry.file_name().to_string_lossy())
                 .is_some_and(|(pid, start)| Process { pid, start, ..*here }.is_gone(here)),
         };
