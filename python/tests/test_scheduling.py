@@ -433,11 +433,12 @@ def test_asking_again_is_cheap(model: str) -> None:
     request = sim.add("r", list(range(3000)), 1)
     ask = sim.scheduler.connector.get_num_new_matched_tokens
     ask(request, 0)
-    lookups, rounds = world.lookups, 2000
-    started = time.perf_counter()
-    for _ in range(rounds):
-        ask(request, 0)
-    each = (time.perf_counter() - started) / rounds
-    print(f"{each * 1e6:.1f} microseconds")
+    lookups, rounds, best = world.lookups, 100, float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        for _ in range(rounds):
+            ask(request, 0)
+        best = min(best, (time.perf_counter() - started) / rounds)
+    print(f"{best * 1e6:.1f} microseconds")
     assert world.lookups == lookups
-    assert each < 100e-6  # measured: a few; the bound leaves room for a busy machine
+    assert best < 20e-6  # measured: 3; the best of twenty, so that a busy machine does not count
