@@ -71,7 +71,10 @@ class WorkerHolds:
 
     @staticmethod
     def _count(task: Any) -> int:
-        statuses = task.statuses()
+        try:
+            statuses = task.statuses()
+        except UcmError:  # the store is closed
+            return REFUSED
         if (statuses == Status.BUSY).any():
             return REFUSED
         bad = np.flatnonzero(statuses)
@@ -132,6 +135,7 @@ class StepLoad:
         except UcmError:
             failed = True
         if failed:
+            task.wait_status(Stage.LOADED)  # until every entry has ended
             task.wait_status(Stage.RELEASED)
             self.reason = self.reason or task.error()
             self.good &= self._statuses(task)
@@ -143,7 +147,10 @@ class StepLoad:
 
     @staticmethod
     def _statuses(task: Any) -> npt.NDArray[np.bool_]:
-        good: npt.NDArray[np.bool_] = task.statuses() == 0
+        try:
+            good: npt.NDArray[np.bool_] = task.statuses() == Status.OK
+        except UcmError:  # the store is closed
+            good = np.zeros(task.count, dtype=bool)
         return good
 
     def drain(self) -> None:
