@@ -2,7 +2,7 @@
 # run.sh [unit|vllm|ci|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
 #   unit   style, types, the binding against libucm.so, the wheel in an empty environment
 #   vllm   the connector under vLLM's schedulers, and real vLLM on the CPU (default version: 0.26.0)
-#   ci     vllm, of 0.26 all but the servers over HTTP; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
+#   ci     vllm, of 0.26 everything; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
 # UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there; for ci, UCM_TEST_VENVS=DIR has
 # one for each version, called vllm-VERSION.
 set -euo pipefail
@@ -67,7 +67,7 @@ vllm() {
   done
 }
 
-# Two versions at a time: a vLLM of these tests keeps one processor busy.
+# Two at a time: a vLLM of these tests keeps one processor busy.
 ci() {
   local venv old main new start=$SECONDS
   venv_of 0.26.0 && main=$venv
@@ -80,13 +80,14 @@ ci() {
     tests "$old" python/tests/test_scheduling.py python/tests/test_namespace.py &&
       tests "$new" python/tests/test_scheduling.py python/tests/test_namespace.py \
         python/tests/test_storage_tier.py &&
-      tests "$new" python/tests/test_vllm.py -k another_version
+      tests "$new" python/tests/test_vllm.py -k another_version &&
+      tests "$main" python/tests/test_serve.py
   } >"$others" 2>&1 &
   say "vLLM 0.26.0"
   tests "$main" python/tests/test_scheduling.py python/tests/test_namespace.py python/tests/test_geometry.py \
     python/tests/test_convert.py python/tests/test_storage_tier.py python/tests/test_vllm.py || failed=1
   wait $! || failed=1
-  say "vLLM 0.17.0 and 0.32.0"
+  say "vLLM 0.17.0 and 0.32.0, and servers over HTTP"
   cat "$others"
   say "vLLM tests took $((SECONDS - start)) s"
   return $failed
