@@ -1,7 +1,7 @@
 /* faulty_files.c: makes a program's file transfers below one directory fail or take long, on request.
  *
  * Loaded with LD_PRELOAD. UCM_FAULT_DIRECTORY is the directory; the file that UCM_FAULT_SWITCH names holds
- * one word: "read-error" (EIO), "write-error" (EIO), "disk-full" (ENOSPC on writes), "slow-read" (each
+ * one word: "read-error" (EIO), "write-error" (EIO), "gone" (both), "disk-full" (ENOSPC on writes), "slow-read" (each
  * read takes SLOW_READ_MS longer), anything else: no fault. It is read at every transfer, so that a test
  * changes it while the program runs. Reaches plain system calls only: io_engine must be psync.
  */
@@ -57,7 +57,7 @@ static int fails(int descriptor, int writes)
         usleep(SLOW_READ_MS * 1000);
     if (writes && strcmp(word, "disk-full") == 0)
         errno = ENOSPC;
-    else if (strcmp(word, writes ? "write-error" : "read-error") == 0)
+    else if (strcmp(word, "gone") == 0 || strcmp(word, writes ? "write-error" : "read-error") == 0)
         errno = EIO;
     else
         return 0;
