@@ -133,7 +133,8 @@ options! {
     #[arg(long, value_name = "S", help_heading = "Routing")]
     queue_timeout_s: Option<f64>,
 
-    /// To connect to a server, seconds [default: 3].
+    /// To connect to a server, seconds: three attempts of TCP at a server whose queue is full
+    /// [default: 10].
     #[arg(long, value_name = "S", help_heading = "Deadlines")]
     connect_timeout_s: Option<f64>,
     /// A whole prefill leg, seconds [default: 300].
@@ -283,7 +284,7 @@ impl Options {
             },
             on_prefill_failure: self.on_prefill_failure.unwrap_or_default(),
             retries: self.retries.unwrap_or(2),
-            connect_timeout: above_zero("--connect-timeout-s", self.connect_timeout_s, 3.0)?,
+            connect_timeout: above_zero("--connect-timeout-s", self.connect_timeout_s, 10.0)?,
             prefill_timeout: above_zero("--prefill-timeout-s", self.prefill_timeout_s, 300.0)?,
             first_byte_timeout: above_zero(
                 "--first-byte-timeout-s",

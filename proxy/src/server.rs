@@ -10,7 +10,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
@@ -28,6 +28,9 @@ use crate::watch as watching;
 
 /// After an error of accept, such as no descriptors left, the listener rests this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that may wait to be accepted: a thousand clients that come in one moment are more
+/// than the usual 1024 with those of the moment before. The kernel lowers it to its own limit.
+const BACKLOG: u32 = 65_535;
 /// A TLS handshake takes at most this.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -116,7 +119,7 @@ async fn bind(host: &str, port: u16) -> Result<Vec<TcpListener>, String> {
             let chosen = first.local_addr().map_err(|error| error.to_string())?;
             address.set_port(chosen.port()); // one free port for all addresses
         }
-        match TcpListener::bind(address).await {
+        match listen(address) {
             Ok(listener) => listeners.push(listener),
             Err(error) if is_absent(&error) => {}
             Err(error) => return Err(format!("cannot listen on {address}: {error}")),
@@ -126,6 +129,13 @@ async fn bind(host: &str, port: u16) -> Result<Vec<TcpListener>, String> {
         return Err(format!("--host `{host}` has no address of this machine"));
     }
     Ok(listeners)
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?; // a restart finds connections of the run before in TIME_WAIT
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Whether this machine does not have the address: not assigned, or its family is turned off.
