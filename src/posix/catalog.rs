@@ -14,7 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::block::{BlockId, PAGE, PartKey};
 use crate::posix::format::{Kind, Record};
 use crate::posix::host::boot_time;
-use crate::posix::index::{Found, Index, Location};
+use crate::posix::index::{Found, Index, Location, PREFETCH};
 use crate::posix::names::SegmentName;
 
 /// Quarantined extents that are remembered; beyond it the oldest knowledge is dropped wholesale, and a bad
@@ -88,6 +88,8 @@ pub struct Intake<'a> {
     writer: u64,
     last: Option<LastSegment>,
     retired: HashSet<u32>,
+    /// Parts whose cache lines are being fetched: reading a large manifest waits for little else.
+    published: Vec<(PartKey, Found)>,
 }
 
 /// The segment of the record before, because neighbours mostly name the same one.
@@ -150,7 +152,14 @@ impl Catalog {
 
     /// Takes the records of one manifest of `writer`; retired segments leave the index when it is dropped.
     pub fn intake(&self, home: u16, writer: u64) -> Intake<'_> {
-        Intake { catalog: self, home, writer, last: None, retired: HashSet::new() }
+        Intake {
+            catalog: self,
+            home,
+            writer,
+            last: None,
+            retired: HashSet::new(),
+            published: Vec::new(),
+        }
     }
 
     /// Puts a part where it can be found. Last one wins.
@@ -247,11 +256,15 @@ impl Intake<'_> {
                 self.retired.insert(handle);
             }
             Kind::Drop => {
+                self.publish_fetched();
                 let segment = self.handle_of(record);
                 let key = PartKey { block: record.block, part: record.part };
                 self.catalog.quarantine(&key, Location { segment, page: record.page });
             }
-            Kind::Abandoned => self.catalog.abandon(record.block),
+            Kind::Abandoned => {
+                self.publish_fetched();
+                self.catalog.abandon(record.block);
+            }
             Kind::Seal | Kind::Epoch | Kind::Heartbeat => {}
         }
     }
@@ -268,7 +281,17 @@ impl Intake<'_> {
         }
         let key = PartKey { block: record.block, part: record.part };
         let location = Location { segment, page: record.page };
-        catalog.publish(&key, Found { location, checksum: record.checksum });
+        catalog.index.prefetch(&key);
+        self.published.push((key, Found { location, checksum: record.checksum }));
+        if self.published.len() == PREFETCH {
+            self.publish_fetched();
+        }
+    }
+
+    fn publish_fetched(&mut self) {
+        for (key, found) in self.published.drain(..) {
+            self.catalog.publish(&key, found);
+        }
     }
 
     /// Handle of a segment of this manifest's writer, and whether it was retired.
@@ -311,6 +334,7 @@ impl Intake<'_> {
 impl Drop for Intake<'_> {
     fn drop(&mut self) {
         self.note_end();
+        self.publish_fetched();
         self.catalog.retire(&self.retired);
     }
 }

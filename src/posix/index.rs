@@ -37,7 +37,7 @@ const FIRST_TABLE: usize = 8;
 /// Tables grow when more than this share of them, in percent, is used.
 const LOAD_PERCENT_MAX: usize = 80;
 /// Keys whose cache lines are fetched together.
-const PREFETCH: usize = 16;
+pub const PREFETCH: usize = 16;
 
 /// An unused entry has segment 0.
 #[derive(Clone, Copy)]
@@ -259,6 +259,12 @@ impl Index {
     pub fn find(&self, key: &PartKey) -> Option<Found> {
         let folded = Folded::of(&key.block, key.part);
         self.shards[folded.shard()].find(&folded)
+    }
+
+    /// Fetches the cache line of a part that will be asked for or inserted soon.
+    pub fn prefetch(&self, key: &PartKey) {
+        let folded = Folded::of(&key.block, key.part);
+        self.shards[folded.shard()].prefetch(&folded);
     }
 
     /// Looks many parts up, fetching their cache lines together; `visit` gets position and finding.
