@@ -399,7 +399,7 @@ fn what_was_reclaimed_meanwhile_is_saved_again() {
     let directory = TempDir::new().unwrap();
     // Other stores of this host have blocks of the same names in DRAM.
     let alone = ("namespace_extra", "reclaimed");
-    let hasty = [("timeout_ms", "1000"), ("store_pipeline", "Posix"), alone];
+    let hasty = [("timeout_ms", "3000"), ("store_pipeline", "Posix"), alone];
     let first = store_in(directory.path(), &[alone]);
     save_blocks(&first, &[1], BLOCK);
     first.close();
@@ -422,7 +422,7 @@ fn what_was_reclaimed_meanwhile_is_saved_again() {
         done(&task, Stage::Released);
     }
     // The grace, and its file is gone.
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(4000));
     save_blocks(&old, &[1], BLOCK);
     let reader = store_in(directory.path(), &[alone]);
     assert_eq!(load_blocks(&reader, &[1], BLOCK), [], "it was acknowledged and is not there");
