@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "check.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -30,6 +31,19 @@ static void relative_directory(const char *parent) {
     ucm_store_close(store);
     ucm_store_close(reader);
     ucm_options_free(options);
+}
+
+/* A program that puts descriptors back must not do so while another thread opens files: threads of a closed store may
+ * take a moment to end. */
+static void wait_for_threads(void) {
+    for (int wait = 0; wait < 3000; ++wait, usleep(10000)) {
+        unsigned count = 0;
+        DIR *tasks = opendir("/proc/self/task");
+        CHECK(tasks != NULL);
+        for (struct dirent *task; (task = readdir(tasks)) != NULL;) count += task->d_name[0] != '.';
+        closedir(tasks);
+        if (count == 1) return;
+    }
 }
 
 static void closed_descriptors(void) {
@@ -67,6 +81,7 @@ static void closed_descriptors(void) {
         }
     }
     ucm_store_close(store);
+    wait_for_threads();
     for (int i = 0; i < 3; ++i) {
         if (kept[i] >= 0) dup2(kept[i], i), close(kept[i]);
     }

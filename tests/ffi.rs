@@ -175,8 +175,10 @@ fn run(program: &Path, arguments: &[&str]) -> Ended {
         std::thread::sleep(Duration::from_millis(5));
     };
     let mut output = String::from_utf8_lossy(&fs::read(&log).unwrap()).into_owned();
-    if status.is_none() {
-        output += &format!("\nstopped after {RUN_MAX:?}");
+    match status {
+        None => output += &format!("\nstopped after {RUN_MAX:?}"),
+        Some(status) if !status.success() => output += &format!("\nended with {status}"),
+        Some(_) => {}
     }
     fs::remove_dir_all(&folder).unwrap();
     Ended { success: status.is_some_and(|status| status.success()), output }

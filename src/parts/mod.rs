@@ -127,6 +127,8 @@ struct Part {
     saves: Vec<Unit>,
     /// Saves that wait for a slot.
     gathers: Vec<Unit>,
+    /// Why the part is not saved after all: for shards whose copy ends later.
+    gave_up: Option<Error>,
     /// Shards handed out since the part was read.
     served: u32,
     /// Another process published the part while this one was saving it.
@@ -315,6 +317,7 @@ impl Parts {
             loads: Vec::new(),
             saves: Vec::new(),
             gathers: Vec::new(),
+            gave_up: None,
             served: 0,
             superseded: false,
             found: None,

@@ -156,7 +156,8 @@ impl Parts {
         part.pins -= 1;
         part.touched = Instant::now();
         if part.state == State::Doomed {
-            let error = result.err().unwrap_or_else(another_shard_failed);
+            let gave_up = part.gave_up.clone();
+            let error = result.err().or(gave_up).unwrap_or_else(another_shard_failed);
             let result = if part.superseded { Ok(()) } else { Err(error) };
             actions.push(Action::Settle(unit, result));
             self.release_if_done(id, actions);
@@ -237,6 +238,7 @@ impl Parts {
     pub(super) fn end_save(&mut self, id: PartId, error: &Error, actions: &mut Vec<Action>) {
         self.counts.dropped += 1;
         let part = &mut self.parts[id as usize];
+        part.gave_up = Some(error.clone());
         let (saves, gathers) = (std::mem::take(&mut part.saves), std::mem::take(&mut part.gathers));
         for unit in saves.into_iter().chain(gathers) {
             actions.push(Action::Settle(unit, Err(error.clone())));
