@@ -37,17 +37,9 @@ const SAVE_PRIORITY: u32 = 4;
 
 /// The subcommand.
 pub fn command() -> Command {
-    cli::with_output(cli::with_settings(Command::new("beside").about(
+    cli::with_rounds(cli::with_settings(Command::new("beside").about(
         "Loads at a share of their solo rate beside saves without limit: engine and fio in turn, p99 and rates",
     )))
-    .arg(
-        Arg::new("rounds")
-            .long("rounds")
-            .value_name("N")
-            .default_value("5")
-            .value_parser(clap::value_parser!(u32).range(1..))
-            .help("Rounds of engine and fio [5]"),
-    )
     .arg(
         Arg::new("share")
             .long("share")
@@ -106,7 +98,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         return Err("compare takes one --directory, because fio's jobs are files in it".into());
     }
     let share = f64::from(matches.get_one::<u32>("share").copied().unwrap_or(30)) / 100.0;
-    let rounds = matches.get_one::<u32>("rounds").copied().unwrap_or(5);
+    let rounds = cli::rounds(matches);
     let field = Field::new(&job)?;
     let solo = field.solo(context)?;
     let arrivals = solo.engine_load.min(solo.fio_read) * share;

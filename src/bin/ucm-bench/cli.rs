@@ -91,6 +91,23 @@ pub fn with_settings(mut command: Command) -> Command {
     command
 }
 
+/// Adds what a comparison has besides the settings: how many rounds, and where the report goes.
+pub fn with_rounds(command: Command) -> Command {
+    with_output(command).arg(
+        Arg::new("rounds")
+            .long("rounds")
+            .value_name("N")
+            .default_value("5")
+            .value_parser(clap::value_parser!(u32).range(1..))
+            .help("Rounds, each side in turn [5]"),
+    )
+}
+
+/// The rounds asked for.
+pub fn rounds(matches: &ArgMatches) -> usize {
+    matches.get_one::<u32>("rounds").copied().unwrap_or(5) as usize
+}
+
 /// Adds where and how the report is written.
 pub fn with_output(command: Command) -> Command {
     command

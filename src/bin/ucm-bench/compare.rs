@@ -27,17 +27,9 @@ pub const WARM_UP: usize = 1;
 
 /// The subcommand.
 pub fn command() -> Command {
-    let fio = cli::with_output(cli::with_settings(Command::new("fio").about(
+    let fio = cli::with_rounds(cli::with_settings(Command::new("fio").about(
         "Runs the engine and the system's fio in turn and prints the ratios of GB/s, CPU per GB and system calls",
     )))
-    .arg(
-        Arg::new("rounds")
-            .long("rounds")
-            .value_name("N")
-            .default_value("5")
-            .value_parser(clap::value_parser!(u32).range(1..))
-            .help("Rounds of engine, fio, engine, fio ... [5]"),
-    )
     .arg(
         Arg::new("sides")
             .long("sides")
@@ -124,7 +116,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let fio_version = fio::version()?;
     let format = crate::format(matches)?;
     let job = cli::single(matches, Job::default())?;
-    let rounds = matches.get_one::<u32>("rounds").copied().unwrap_or(5) as usize;
+    let rounds = cli::rounds(matches);
     let wanted = matches.get_one::<String>("sides").cloned().unwrap_or_default();
     let extra: Vec<String> = matches
         .get_one::<String>("fio-extra")

@@ -38,17 +38,9 @@ const DRIVE_BYTES: u64 = 2 << 30;
 
 /// The subcommand.
 pub fn command() -> Command {
-    cli::with_output(cli::with_settings(Command::new("device").about(
+    cli::with_rounds(cli::with_settings(Command::new("device").about(
         "Runs the engine and the driver's plain large copies in turn and prints the ratios of GB/s",
     )))
-    .arg(
-        Arg::new("rounds")
-            .long("rounds")
-            .value_name("N")
-            .default_value("5")
-            .value_parser(clap::value_parser!(u32).range(1..))
-            .help("Rounds of plain copy, engine, plain copy, engine ... [5]"),
-    )
     .arg(
         Arg::new("slice-sizes")
             .long("slice-sizes")
@@ -125,7 +117,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     if job.device != "cuda" {
         return Err(format!("--device={}: the plain copies are those of cuda", job.device));
     }
-    let rounds = matches.get_one::<u32>("rounds").copied().unwrap_or(5) as usize;
+    let rounds = cli::rounds(matches);
     let list = matches.get_one::<String>("slice-sizes").cloned().unwrap_or_default();
     let slices = list.split(',').map(units::size).collect::<Result<Vec<_>, _>>()?;
     let peak = Peak::new(job.device_id, PLAIN_BYTES.min(job.size as usize))?;
