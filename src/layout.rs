@@ -5,11 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
 use crate::block::{BlockId, Geometry, PartKey, SliceShape};
 use crate::error::{Error, ErrorKind, Result};
-use crate::task::UnitSpec;
+use crate::task::{Address, UnitSpec};
 
 /// Where a cut slice begins: the tensor slice of the shard, and the bytes of it that came before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub(crate) struct Piece {
 pub(crate) struct Layout {
     geometry: Geometry,
     pieces: Vec<Piece>,
+    /// The largest address at which every slice still ends before the end of all memory.
+    address_max: usize,
 }
 
 impl Layout {
@@ -61,7 +64,44 @@ impl Layout {
         let pieces = pieces.into_iter();
         let pieces =
             pieces.map(|(slices, origins)| Piece { slices: slices.into(), origins }).collect();
-        Ok(Self { geometry: geometry.clone(), pieces })
+        let span_max = geometry.slices.iter().map(SliceShape::span).max().unwrap_or(0);
+        let address_max = u64::MAX.saturating_sub(span_max) as usize;
+        Ok(Self { geometry: geometry.clone(), pieces, address_max })
+    }
+
+    /// Copies a batch's addresses. Fails where one is null, or so large that its slice would reach beyond the
+    /// end of all memory.
+    pub(crate) fn addresses(&self, given: &[*mut c_void]) -> Result<Vec<Address>> {
+        let mut good = true;
+        // Thousands in a batch, on the caller's thread: one pass, one comparison each, no branch. Null wraps
+        // around to what is never below the limit.
+        let addresses = given.iter().map(|address| {
+            let address = address.expose_provenance();
+            good &= address.wrapping_sub(1) < self.address_max;
+            Address(address)
+        });
+        let addresses = addresses.collect();
+        if good { Ok(addresses) } else { self.check_each(given).map(|()| addresses) }
+    }
+
+    /// Says which address is none. All may be good: a slice shorter than the longest may lie nearer to the end.
+    fn check_each(&self, given: &[*mut c_void]) -> Result<()> {
+        let slices = &self.geometry.slices;
+        for (index, address) in given.iter().enumerate() {
+            let (entry, slice) = (index / slices.len(), index % slices.len());
+            let bad = |text: String| {
+                let text = format!("addresses[{index}] is {text} (entry {entry}, slice {slice})");
+                Err(Error::new(ErrorKind::InvalidArgument, text))
+            };
+            if address.is_null() {
+                return bad("NULL".into());
+            }
+            let span = slices[slice].span();
+            if (address.addr() as u64).checked_add(span).is_none() {
+                return bad(format!("{address:p}, where no slice of {span} bytes can lie"));
+            }
+        }
+        Ok(())
     }
 
     /// Units of one entry.
@@ -129,6 +169,24 @@ mod tests {
             [Origin { slice: 1, offset: 4096 }, Origin { slice: 2, offset: 0 }]
         );
         assert_eq!(layout.unit(BlockId([1; 16]), 0, 1).key.part, 3);
+    }
+
+    /// Goal: null and what is too near to the end of memory are refused by place, for each slice by its own
+    /// length; everything else is copied as it is.
+    #[test]
+    fn addresses_without_room_are_refused_by_place() {
+        let layout = Layout::new(&geometry(8192, 1, 8192, &[4096, 4000, 96])).unwrap();
+        let at = |numbers: [usize; 6]| {
+            let given = numbers.map(std::ptr::without_provenance_mut);
+            layout.addresses(&given).map(|copied| copied.iter().map(|a| a.0).collect::<Vec<_>>())
+        };
+        let end = usize::MAX;
+        let good = [1, 2, 3, end - 4096, end - 4000, end - 96];
+        assert_eq!(at(good).unwrap(), good);
+        let null = at([1, 1, 1, 1, 0, 1]).unwrap_err().to_string();
+        assert!(null.contains("addresses[4] is NULL (entry 1, slice 1)"), "{null}");
+        let far = at([1, 1, 1, end - 4095, 1, 1]).unwrap_err().to_string();
+        assert!(far.contains("addresses[3]") && far.contains("4096 bytes"), "{far}");
     }
 
     /// Goal: a strided slice that lies in two parts is refused by name.

@@ -11,7 +11,6 @@ use super::pointers::{
 use super::status::ucm_status_t;
 use super::store::{store_of, ucm_store_t};
 use super::task::{Reserved, ucm_task_t};
-use crate::block::SliceShape;
 use crate::error::Result;
 use crate::store::Batch;
 use crate::task::Notify;
@@ -100,25 +99,6 @@ unsafe fn read_batch(batch: *const ucm_batch_t) -> Result<ucm_batch> {
     Ok(copy)
 }
 
-/// Fails where an address is null, or so large that its slice would reach beyond the end of all memory.
-fn check_spans(addresses: &[*mut c_void], slices: &[SliceShape]) -> Result<()> {
-    for (index, address) in addresses.iter().enumerate() {
-        let (entry, slice) = (index / slices.len(), index % slices.len());
-        if address.is_null() {
-            return Err(invalid(format!(
-                "addresses[{index}] is NULL (entry {entry}, slice {slice})"
-            )));
-        }
-        let span = slices[slice].span();
-        if (address.addr() as u64).checked_add(span).is_none() {
-            return Err(invalid(format!(
-                "addresses[{index}] is {address:p}, where no slice of {span} bytes can lie (entry {entry}, slice {slice})"
-            )));
-        }
-    }
-    Ok(())
-}
-
 /// Submits a batch.
 ///
 /// # Safety
@@ -155,7 +135,6 @@ unsafe fn submit(
         };
         (blocks, shards, slice("batch->addresses", batch.addresses, pointers, UCM_COUNT_MAX)?)
     };
-    check_spans(addresses, &store.config().geometry.slices)?;
     let reserved = Reserved::new(Token::from_pointer(handle))?;
     let batch = Batch {
         blocks,

@@ -10,7 +10,7 @@ use crate::block::{BlockId, PartKey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::parts::{Accepted, Action, Unit};
 use crate::posix::Tier;
-use crate::task::{Address, Kind, Notify, Plan, Task, TaskOwner, UnitSpec};
+use crate::task::{Kind, Notify, Plan, Task, TaskOwner, UnitSpec};
 
 /// Entries of one batch at most.
 pub const ENTRIES_MAX: usize = 1 << 20;
@@ -42,6 +42,7 @@ impl Engine {
     pub(super) unsafe fn submit(&self, kind: Kind, batch: &Batch<'_>) -> Result<Arc<Task>> {
         self.check_transfers()?;
         self.check_batch(batch)?;
+        let addresses = self.layout.addresses(batch.addresses)?;
         let units = self.units(batch);
         self.admit(units.len())?;
         let event = if batch.wait_event.is_null() {
@@ -50,8 +51,6 @@ impl Engine {
             // SAFETY: the caller vouches for the event.
             Some(unsafe { self.device.capture_event(batch.wait_event) }?)
         };
-        let addresses =
-            batch.addresses.iter().map(|address| Address(address.expose_provenance())).collect();
         let task = self.make_task(Plan {
             kind,
             units,
@@ -112,23 +111,17 @@ impl Engine {
                 "addresses: {addresses} for {count} entries of {slices} tensor slices"
             ));
         }
-        if let Some(index) = batch.addresses.iter().position(|address| address.is_null()) {
-            return bad(format!(
-                "addresses[{index}]: null (entry {}, slice {})",
-                index / slices,
-                index % slices
-            ));
-        }
         Ok(())
     }
 
     fn units(&self, batch: &Batch<'_>) -> Vec<UnitSpec> {
         let pieces = self.layout.pieces().len();
-        let entry = |(index, block): (usize, &BlockId)| {
-            let (block, shard) = (*block, batch.shards.map_or(0, |shards| shards[index]));
-            (0..pieces).map(move |piece| self.layout.unit(block, shard, piece))
-        };
-        batch.blocks.iter().enumerate().flat_map(entry).collect()
+        let mut units = Vec::with_capacity(batch.blocks.len() * pieces);
+        for (index, block) in batch.blocks.iter().enumerate() {
+            let shard = batch.shards.map_or(0, |shards| shards[index]);
+            units.extend((0..pieces).map(|piece| self.layout.unit(*block, shard, piece)));
+        }
+        units
     }
 
     /// Every queue has a limit.
@@ -213,6 +206,7 @@ impl Engine {
     fn save_found(&self, task: &Arc<Task>, found: Vec<Option<crate::posix::Found>>) {
         let direct = self.goes_direct(task);
         self.event(|parts, actions| {
+            actions.reserve(found.len());
             for (index, found) in found.into_iter().enumerate() {
                 let unit = Unit { task: Arc::clone(task), index: index as u32 };
                 let key = task.unit(unit.index).key;
@@ -232,6 +226,7 @@ impl Engine {
         let direct = self.goes_direct(task);
         let unknown = self.event(|parts, actions| {
             let mut unknown = Vec::new();
+            actions.reserve(found.len());
             for (index, found) in found.into_iter().enumerate() {
                 let unit = Unit { task: Arc::clone(task), index: index as u32 };
                 let key = task.unit(unit.index).key;
