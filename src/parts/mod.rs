@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod hold;
+mod keys;
 mod load;
 mod read;
 mod save;
@@ -24,7 +25,8 @@ mod shards;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
 use crate::posix::Found;
 use crate::task::{Kind, Task};
+use keys::KeyMap;
 pub(crate) use load::Accepted;
 pub(crate) use read::{Check, Outcome, Piece};
 use shards::ShardSet;
@@ -135,7 +138,8 @@ struct Part {
     superseded: bool,
     found: Option<Found>,
     class: Class,
-    touched: Instant,
+    /// When it last got a shard; only of parts that fill shard by shard.
+    touched: Option<Instant>,
 }
 
 /// A part whose save failed or was refused as a whole: its other shards share its fate at once.
@@ -195,7 +199,7 @@ pub(crate) struct Counts {
 /// The part table.
 pub(crate) struct Parts {
     rules: Rules,
-    map: HashMap<PartKey, PartId>,
+    map: KeyMap<PartId>,
     parts: Vec<Part>,
     free: Vec<PartId>,
     by_slot: Vec<PartId>,
@@ -211,7 +215,7 @@ pub(crate) struct Parts {
     /// Parts with holders.
     held: u32,
     watching_partial: bool,
-    refusals: HashMap<PartKey, Refusal>,
+    refusals: KeyMap<Refusal>,
     pub(crate) counts: Counts,
 }
 
@@ -219,7 +223,7 @@ impl Parts {
     pub(crate) fn new(rules: Rules) -> Self {
         Self {
             rules,
-            map: HashMap::new(),
+            map: KeyMap::default(),
             parts: Vec::new(),
             free: Vec::new(),
             by_slot: vec![PartId::MAX; rules.slots as usize],
@@ -232,7 +236,7 @@ impl Parts {
             partial: 0,
             held: 0,
             watching_partial: false,
-            refusals: HashMap::new(),
+            refusals: KeyMap::default(),
             counts: Counts::default(),
         }
     }
@@ -322,7 +326,7 @@ impl Parts {
             superseded: false,
             found: None,
             class: Class::Load,
-            touched: Instant::now(),
+            touched: None,
         };
         let id = match self.free.pop() {
             Some(id) => {
@@ -365,8 +369,10 @@ impl Parts {
     /// Takes a part out of the map, so that nobody finds it any more.
     fn unmap(&mut self, id: PartId, actions: &mut Vec<Action>) {
         let part = &self.parts[id as usize];
-        if self.map.get(&part.key) == Some(&id) {
-            self.map.remove(&part.key);
+        if let Entry::Occupied(entry) = self.map.entry(part.key)
+            && *entry.get() == id
+        {
+            entry.remove();
             if matches!(part.state, State::Ready | State::Storing)
                 && self.rules.keep == Keep::Cached
             {

@@ -51,7 +51,10 @@ impl Parts {
         found: Option<Found>,
         actions: &mut Vec<Action>,
     ) {
-        let Some(&id) = self.map.get(key).filter(|_| found.is_some()) else { return };
+        if found.is_none() {
+            return;
+        }
+        let Some(&id) = self.map.get(key) else { return };
         let part = &mut self.parts[id as usize];
         match part.state {
             State::Filling if self.rules.shards_per_part > 1 => self.partial -= 1,
@@ -120,6 +123,7 @@ impl Parts {
 
     /// The part has a slot: gather what waits for it.
     pub(super) fn start_filling(&mut self, id: PartId, actions: &mut Vec<Action>) {
+        self.touch(id);
         if self.is_layerwise() {
             self.partial += 1;
             if !std::mem::replace(&mut self.watching_partial, true) {
@@ -128,9 +132,15 @@ impl Parts {
         }
         let part = &mut self.parts[id as usize];
         part.state = State::Filling;
-        part.touched = Instant::now();
         for unit in std::mem::take(&mut part.gathers) {
             self.gather(id, unit, actions);
+        }
+    }
+
+    /// Says that the part has got a shard now. A clock is read for nothing where one shard is all.
+    fn touch(&mut self, id: PartId) {
+        if self.is_layerwise() {
+            self.parts[id as usize].touched = Some(Instant::now());
         }
     }
 
@@ -152,9 +162,9 @@ impl Parts {
         result: Result<bool>,
         actions: &mut Vec<Action>,
     ) {
+        self.touch(id);
         let part = &mut self.parts[id as usize];
         part.pins -= 1;
-        part.touched = Instant::now();
         if part.state == State::Doomed {
             let gave_up = part.gave_up.clone();
             let error = result.err().or(gave_up).unwrap_or_else(another_shard_failed);
@@ -288,7 +298,7 @@ impl Parts {
             self.map.values().copied().filter(|&id| self.is_partial(id)).collect();
         let mut next: Option<Instant> = None;
         for id in partial {
-            let due = self.parts[id as usize].touched + timeout;
+            let due = self.parts[id as usize].touched.unwrap_or(now) + timeout;
             if due <= now && self.parts[id as usize].pins == 0 {
                 let error = self.incomplete(id);
                 self.fail_filling(id, &error, actions);
