@@ -30,6 +30,10 @@ const BATCH_DEVICE: usize = 64;
 /// The same where the worker's own thread copies: the others can then share the work.
 const BATCH_HOST: usize = 1;
 
+/// Bytes of CPU work after which a worker looks after its stream again, and leaves the rest to others: copies that
+/// follow from the work begin, and ended ones are told of, within a fraction of a millisecond.
+const CPU_BYTES_AT_ONCE: u64 = 4 << 20;
+
 /// Jobs that a woken worker is expected to do before another one is woken: two copies of a MiB take less
 /// than waking a thread and putting it to sleep again.
 const JOBS_A_WAKE: usize = 2;
@@ -54,8 +58,30 @@ unsafe impl Send for Copy {}
 pub(crate) enum Job {
     /// A copy for the device.
     Copy(Copy),
-    /// CPU work: runs on the worker and returns the copies that follow from it.
-    Compute(Urgency, Box<dyn FnOnce() -> Vec<Job> + Send>),
+    /// CPU work on so many bytes: runs on the worker and returns the copies that follow from it.
+    Compute(Urgency, u64, Box<dyn FnOnce() -> Vec<Job> + Send>),
+}
+
+/// What a worker can still take at once.
+#[derive(Clone, Copy)]
+struct Room {
+    jobs: usize,
+    cpu_bytes: u64,
+}
+
+impl Room {
+    fn of(batch: usize) -> Self {
+        Self { jobs: batch, cpu_bytes: CPU_BYTES_AT_ONCE }
+    }
+
+    fn is_left(self) -> bool {
+        self.jobs > 0 && self.cpu_bytes > 0
+    }
+
+    fn take(&mut self, job: &Job) {
+        self.jobs -= 1;
+        self.cpu_bytes = self.cpu_bytes.saturating_sub(job.cpu_bytes());
+    }
 }
 
 /// A job's size, as a reactor sees it.
@@ -97,7 +123,14 @@ impl Job {
         match self {
             Job::Copy(Copy { direction: Direction::Scatter, .. }) => Urgency::Load,
             Job::Copy(Copy { direction: Direction::Gather, .. }) => Urgency::Save,
-            Job::Compute(urgency, _) => *urgency,
+            Job::Compute(urgency, ..) => *urgency,
+        }
+    }
+
+    fn cpu_bytes(&self) -> u64 {
+        match self {
+            Job::Copy(_) => 0,
+            Job::Compute(_, bytes, _) => *bytes,
         }
     }
 }
@@ -114,6 +147,10 @@ pub(crate) trait Owner: Send + Sync {
 struct Queues {
     loads: VecDeque<Job>,
     saves: VecDeque<Job>,
+    /// Of these, copies that a device does by itself: one worker hands over as many as there are.
+    handed_on: usize,
+    /// Jobs that a worker takes at once.
+    batch: usize,
     /// Workers that sleep.
     idle: usize,
     /// Of these, workers that were woken and have not looked yet.
@@ -159,6 +196,7 @@ impl CopyPool {
         owner: &Arc<dyn Owner>,
     ) -> Result<()> {
         let batch = if device.is_host() { BATCH_HOST } else { BATCH_DEVICE };
+        self.shared.queues.lock().batch = batch;
         for index in 0..streams {
             let worker = self.worker(device, Role::Thread { batch }, owner)?;
             let builder = std::thread::Builder::new().name(format!("ucm-copy-{index}"));
@@ -304,22 +342,42 @@ impl Drop for Brought {
     }
 }
 
+impl Queues {
+    fn add(&mut self, job: Job) {
+        self.handed_on += usize::from(self.hands_on(&job));
+        match job.urgency() {
+            Urgency::Load => self.loads.push_back(job),
+            Urgency::Save => self.saves.push_back(job),
+        }
+    }
+
+    fn next(&mut self) -> Option<Job> {
+        let job = self.loads.pop_front().or_else(|| self.saves.pop_front())?;
+        self.handed_on -= usize::from(self.hands_on(&job));
+        Some(job)
+    }
+
+    fn hands_on(&self, job: &Job) -> bool {
+        self.batch > BATCH_HOST && matches!(job, Job::Copy(_))
+    }
+
+    /// Workers that what is queued is work for.
+    fn wanted(&self) -> usize {
+        let shared = self.loads.len() + self.saves.len() - self.handed_on;
+        shared.div_ceil(JOBS_A_WAKE).max(self.handed_on.div_ceil(self.batch.max(1)))
+    }
+}
+
 impl Shared {
     fn push(&self, jobs: Vec<Job>) {
         if jobs.is_empty() {
             return;
         }
         let mut queues = self.queues.lock();
-        for job in jobs {
-            match job.urgency() {
-                Urgency::Load => queues.loads.push_back(job),
-                Urgency::Save => queues.saves.push_back(job),
-            }
-        }
+        jobs.into_iter().for_each(|job| queues.add(job));
         // A reactor hands over one job after another: those that come before the first worker has looked
         // wait for it, instead of waking the others for one job each.
-        let queued = queues.loads.len() + queues.saves.len();
-        let wake = queued.div_ceil(JOBS_A_WAKE).min(queues.idle).saturating_sub(queues.waking);
+        let wake = queues.wanted().min(queues.idle).saturating_sub(queues.waking);
         queues.waking += wake;
         drop(queues);
         for _ in 0..wake {
@@ -327,16 +385,15 @@ impl Shared {
         }
     }
 
-    /// Up to `count` jobs; waits for one unless the device has news or copies could be lost sight of.
-    fn take(&self, count: usize, news: &AtomicBool, flying: bool, taken: &mut Vec<Job>) -> Taken {
+    /// As many jobs as a worker takes at once; waits for one unless the device has news or copies could be lost
+    /// sight of.
+    fn take(&self, batch: usize, news: &AtomicBool, flying: bool, taken: &mut Vec<Job>) -> Taken {
         let mut queues = self.queues.lock();
         loop {
-            while taken.len() < count {
-                let Some(job) = queues.loads.pop_front() else { break };
-                taken.push(job);
-            }
-            while taken.len() < count {
-                let Some(job) = queues.saves.pop_front() else { break };
+            let mut room = Room::of(batch);
+            while room.is_left() {
+                let Some(job) = queues.next() else { break };
+                room.take(&job);
                 taken.push(job);
             }
             if !taken.is_empty() || news.swap(false, Ordering::AcqRel) {
@@ -372,8 +429,16 @@ impl Role {
     /// Takes out of what follows from a worker's jobs what others are to do.
     fn share(self, next: &mut Vec<Job>) -> Vec<Job> {
         match self {
-            Role::Thread { batch } if next.len() > batch => next.split_off(batch),
-            Role::Thread { .. } => Vec::new(),
+            Role::Thread { batch } => {
+                let mut room = Room::of(batch);
+                let full = next.iter().position(|job| {
+                    !room.is_left() || {
+                        room.take(job);
+                        false
+                    }
+                });
+                full.map_or_else(Vec::new, |full| next.split_off(full))
+            }
             // A save that got its slot now is not what the reactor was asked for.
             Role::Guest => next.extract_if(.., |job| job.urgency() == Urgency::Save).collect(),
         }
@@ -435,7 +500,7 @@ impl Worker {
         let mut copies = Vec::new();
         for job in jobs.drain(..) {
             match job {
-                Job::Compute(_, work) => next.append(&mut work()),
+                Job::Compute(_, _, work) => next.append(&mut work()),
                 Job::Copy(copy) if copy.unit.task.begin(copy.unit.index) => copies.push(copy),
                 Job::Copy(copy) => next.append(&mut self.owner.copied(copy, None, Staging::Free)),
             }

@@ -105,7 +105,8 @@ impl Engine {
                     worker.end_direct_load(unit, claim, key, found, result);
                     Vec::new()
                 });
-                engine.pool.push(vec![Job::Compute(Urgency::Load, verify)]);
+                let bytes = engine.config.geometry.part_bytes;
+                engine.pool.push(vec![Job::Compute(Urgency::Load, bytes, verify)]);
             }
             result => engine.end_direct_load(unit, claim, key, found, result),
         });
@@ -146,7 +147,8 @@ impl Engine {
                     worker.write_direct(part, unit, claim, pieces, extent);
                     Vec::new()
                 });
-                engine.pool.push(vec![Job::Compute(Urgency::Save, seal)]);
+                let bytes = engine.config.geometry.part_bytes;
+                engine.pool.push(vec![Job::Compute(Urgency::Save, bytes, seal)]);
             }
             Err(error) => engine.end_direct_save(part, &unit, claim, Err(error)),
         };

@@ -117,7 +117,14 @@ impl Engine {
 
     pub(super) fn carry_out(&self, actions: Vec<Action>) -> Vec<Job> {
         let mut jobs = Vec::new();
+        let mut left = actions.len();
         for action in actions {
+            if let Action::Gather { .. } | Action::Scatter { .. } = action
+                && jobs.is_empty()
+            {
+                jobs.reserve(left);
+            }
+            left -= 1;
             match action {
                 Action::Gather { part, slot, unit } => {
                     jobs.push(self.copy(Direction::Gather, part, slot, unit))
@@ -165,7 +172,8 @@ impl Engine {
             Ok(extent) => {
                 let worker = Arc::clone(&engine);
                 let seal = Box::new(move || worker.seal(part, slot, extent));
-                engine.pool.push(vec![Job::Compute(Urgency::Save, seal)]);
+                let bytes = engine.config.geometry.part_bytes;
+                engine.pool.push(vec![Job::Compute(Urgency::Save, bytes, seal)]);
             }
             Err(error) => engine.stored(part, &Err(error)),
         };

@@ -101,10 +101,10 @@ impl Engine {
                 self.pool.push(jobs);
             }
             Ok(()) => {
-                let size = Size::of(self.piece_memory(&piece).length as u64);
+                let bytes = self.piece_memory(&piece).length as u64;
                 let engine = Arc::clone(&self);
                 let verify = Box::new(move || engine.verify(&piece));
-                self.pool.read(Job::Compute(Urgency::Load, verify), size);
+                self.pool.read(Job::Compute(Urgency::Load, bytes, verify), Size::of(bytes));
             }
         }
     }
