@@ -116,6 +116,8 @@ struct Part {
     slot: Option<u32>,
     /// Copies that read or write the slot now.
     pins: u32,
+    /// The device may read or write the slot for ever: nobody gets it again.
+    lost: bool,
     /// Shards for which a gather is queued, running or done.
     claimed: ShardSet,
     /// Shards that are in the slot.
@@ -260,7 +262,7 @@ impl Parts {
 
     /// The device cannot say when it will be done with the part's slot: the slot is never used again.
     pub(crate) fn leak_slot(&mut self, id: PartId) {
-        self.parts[id as usize].pins += 1;
+        self.parts[id as usize].lost = true;
     }
 
     /// Whether another batch may wait for slots.
@@ -314,6 +316,7 @@ impl Parts {
             state,
             slot: None,
             pins: 0,
+            lost: false,
             claimed: ShardSet::new(shards),
             filled: ShardSet::new(shards),
             progress: read::Progress::new(shards),
@@ -351,7 +354,8 @@ impl Parts {
         let (parts, by_slot) = (&self.parts, &self.by_slot);
         let slot = self.policy.evict(|slot| {
             let part = &parts[by_slot[slot as usize] as usize];
-            part.state == State::Ready && part.pins == 0 && part.holders.is_empty()
+            let idle = part.pins == 0 && part.holders.is_empty() && !part.lost;
+            part.state == State::Ready && idle
         })?;
         let id = self.by_slot[slot as usize];
         self.counts.evictions += 1;
@@ -391,7 +395,7 @@ impl Parts {
         }
         part.state = State::Doomed;
         if part.pins == 0 {
-            if let Some(slot) = part.slot.take() {
+            if let Some(slot) = part.slot.take().filter(|_| !part.lost) {
                 self.slots.put(slot);
                 self.slots_used -= 1;
             }
