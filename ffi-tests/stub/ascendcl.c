@@ -33,7 +33,7 @@ typedef struct {
 #define RELAXED 2
 
 static int contexts[DEVICES];
-static bool initialised, capturing;
+static bool initialised, capturing, reset;
 static struct stub_stream *default_stream;
 static pthread_mutex_t stream_lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread int *current;
@@ -42,6 +42,16 @@ static __thread int capture_mode;
 /* A graph is being captured somewhere in the process. */
 STUB_EXPORT void ucm_stub_capture(int on) {
     capturing = on;
+}
+
+/* Somebody resets the device: its work ends, and its default context is gone. */
+STUB_EXPORT void ucm_stub_reset_device(void) {
+    stub_quiesce();
+    reset = true;
+}
+
+STUB_EXPORT void ucm_stub_revive(void) {
+    reset = false;
 }
 
 #define ENTER(call)                                                                                                    \
@@ -60,6 +70,9 @@ STUB_EXPORT void ucm_stub_capture(int on) {
         ENTER(call);                                                                                                   \
         if (!current) {                                                                                                \
             stub_misuse(call, "called without a current context");                                                     \
+        }                                                                                                              \
+        if (reset) {                                                                                                   \
+            return CONTEXT_NULL;                                                                                       \
         }                                                                                                              \
         if (capturing && capture_mode != RELAXED) {                                                                    \
             stub_misuse(call, "breaks a capture: the thread is not relaxed");                                          \
@@ -126,7 +139,7 @@ API aclrtSetDevice(int32_t device) {
 
 API aclrtGetCurrentContext(aclrtContext *context) {
     ENTER("aclrtGetCurrentContext");
-    if (!current) {
+    if (!current || reset) {
         return CONTEXT_NULL;
     }
     *context = current;
@@ -137,6 +150,9 @@ API aclrtSetCurrentContext(aclrtContext context) {
     ENTER("aclrtSetCurrentContext");
     if ((int *)context < contexts || (int *)context >= contexts + DEVICES) {
         stub_misuse("aclrtSetCurrentContext", "%p is not a context", context);
+    }
+    if (reset) {
+        return CONTEXT_NULL;
     }
     current = context;
     return OK;

@@ -229,7 +229,7 @@ impl Fake {
         call!(self, b"ucm_stub_capture", fn(c_int), i32::from(on));
     }
 
-    /// Somebody resets the device (CUDA only).
+    /// Somebody resets the device.
     pub fn reset_device(&self) {
         call!(self, b"ucm_stub_reset_device", fn(),);
     }

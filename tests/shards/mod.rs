@@ -1,12 +1,14 @@
-//! Shards of every form, a naive model of what a copy does to them, and a copy worker in miniature.
+//! Shards of every form, jobs that copy them, a naive model of what a copy does to them, and a copy worker in
+//! miniature.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use ucm::block::SliceShape;
-use ucm::device::{CopyJob, CopyStream, Device, Finished, Marker, Wake};
+use ucm::device::{CapturedEvent, CopyJob, CopyStream, Device, Direction, Finished, Marker, Wake};
 use ucm::error::Result;
 
 /// Longer than anything here takes on a busy machine; a test that waits so long has hung.
@@ -42,6 +44,17 @@ impl Worker {
         self.stream.as_ref().unwrap().failed().to_vec()
     }
 
+    /// Enqueues one job and waits for its end.
+    pub fn run(&mut self, job: CopyJob<'_>) -> Result<()> {
+        self.enqueue(&[job]);
+        self.finish(1).remove(0).result
+    }
+
+    /// Closes the stream, as a store that closes does.
+    pub fn close(&mut self) {
+        self.stream = None;
+    }
+
     pub fn poll(&mut self) -> Vec<Finished> {
         let mut finished = Vec::new();
         self.stream.as_mut().unwrap().poll(&mut finished);
@@ -67,6 +80,45 @@ impl Worker {
         assert_eq!(finished.len(), count, "jobs reported twice");
         finished
     }
+}
+
+/// The tensor slices of one shard in caller memory.
+pub struct Slices {
+    pub addresses: Vec<*mut c_void>,
+    pub shapes: Vec<SliceShape>,
+}
+
+impl Slices {
+    /// One run of bytes.
+    pub fn one(base: *mut u8, bytes: usize) -> Self {
+        Self { addresses: vec![base.cast()], shapes: vec![SliceShape::contiguous(bytes as u64)] }
+    }
+
+    /// These shapes, each at its offset from `base`.
+    pub fn at(base: *mut u8, offsets: &[usize], shapes: &[SliceShape]) -> Self {
+        let addresses = offsets.iter().map(|offset| base.wrapping_add(*offset).cast()).collect();
+        Self { addresses, shapes: shapes.to_vec() }
+    }
+
+    /// A save of the shard into staging memory.
+    pub fn gather(&self, ticket: u64, staging: *mut u8) -> CopyJob<'_> {
+        self.job(Direction::Gather, ticket, staging)
+    }
+
+    /// A load of the shard out of staging memory.
+    pub fn scatter(&self, ticket: u64, staging: *mut u8) -> CopyJob<'_> {
+        self.job(Direction::Scatter, ticket, staging)
+    }
+
+    pub fn job(&self, direction: Direction, ticket: u64, staging: *mut u8) -> CopyJob<'_> {
+        let (addresses, slices) = (&self.addresses[..], &self.shapes[..]);
+        CopyJob { ticket, direction, staging, addresses, slices, wait: None }
+    }
+}
+
+/// The job, behind an event.
+pub fn behind<'a>(event: &'a CapturedEvent, job: CopyJob<'a>) -> CopyJob<'a> {
+    CopyJob { wait: Some(event), ..job }
 }
 
 /// Bytes that differ by place and by round.
