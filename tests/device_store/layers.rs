@@ -1,14 +1,11 @@
 //! Layer by layer into a device: a stream waits for the layers that it needs, not for those behind them.
 
-mod common;
-mod fakes;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{batch, done, expected, id, options, save};
-use fakes::{EACH_DRIVER, Fake};
+use crate::common::{batch, done, expected, id, options, save};
+use crate::fakes::{EACH_DRIVER, Fake};
 use ucm::io::backend::BackendConfig;
 use ucm::io::sim::{Call, Effect, Fault, Occasion, SimConfig, SimDisk};
 use ucm::store::{Platform, Store};

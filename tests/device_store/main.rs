@@ -1,0 +1,9 @@
+//! Whole stores on the fake drivers: layers, failures, and blocks that go from one make of device to the other.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod failures;
+#[path = "../fakes/mod.rs"]
+mod fakes;
+mod layers;
+mod platforms;
