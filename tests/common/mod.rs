@@ -78,6 +78,22 @@ pub fn on_a_device() -> bool {
     std::env::var_os(DEVICE_LIBRARY).is_some()
 }
 
+/// Fails where tests that are to run on a pretended device have moved nothing through it.
+fn assert_device_is_used() {
+    let Some(path) = std::env::var_os(DEVICE_LIBRARY) else { return };
+    // SAFETY: the fake driver has no constructors, and exports the symbol with this signature.
+    let copies = unsafe {
+        let library = libloading::Library::new(path).unwrap();
+        let calls_of = library
+            .get::<unsafe extern "C" fn(*const std::ffi::c_char) -> std::ffi::c_long>(
+                b"ucm_stub_calls_of",
+            )
+            .unwrap();
+        calls_of(c"cuMemcpyBatchAsync".as_ptr()) + calls_of(c"aclrtMemcpyBatchAsync".as_ptr())
+    };
+    assert!(copies > 0, "a save did not go through the pretended device");
+}
+
 /// Bytes of the caller: host memory, or memory of a pretended device that the CPU can see.
 enum Bytes {
     Host(Vec<u8>),
@@ -259,6 +275,7 @@ pub fn save_blocks(store: &Store, numbers: &[u64], block: usize) {
     let task = save(store, &ids, None, &addresses).unwrap();
     done(&task, Stage::Persisted);
     done(&task, Stage::Released);
+    assert_device_is_used();
 }
 
 /// Loads whole blocks and checks every byte; returns the failures by number.

@@ -1,12 +1,9 @@
-//! Device chores: the tests on fake drivers, the tests on a real GPU, and the kernels' PTX.
+//! GPU chores: the tests on a real GPU, and the kernels' PTX.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Outcome, root};
-
-/// Store tests that also run on the fake drivers.
-const STORE_TESTS: [&str; 4] = ["store_dram", "store_posix", "defects", "processes"];
+use crate::{Outcome, cargo, root};
 
 /// Kernel sources whose PTX is committed.
 const KERNELS: [&str; 2] = ["src/device/cuda/copy.cu", "tests/gpu/model.cu"];
@@ -18,38 +15,6 @@ fn run(command: &mut Command, what: &str) -> Outcome {
     let status =
         command.current_dir(root()).status().map_err(|error| format!("{what}: {error}"))?;
     if status.success() { Ok(()) } else { Err(format!("{what} failed")) }
-}
-
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-}
-
-/// Builds the fake drivers, and runs the device tests and the store's tests on each.
-pub(crate) fn fake_test() -> Outcome {
-    let folder = root().join("target/fakes");
-    std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let out = format!("OUT={}", folder.display());
-    run(Command::new("make").args(["-s", "-C", "ffi-tests/stub", &out]), "make")?;
-    run(cargo().args(["test", "--package", "ucm", "--test", "device_fakes"]), "device tests")?;
-    for (variable, other, file) in [
-        ("UCM_CUDA_LIBRARY", "UCM_ASCENDCL_LIBRARY", "libcuda.so.1"),
-        ("UCM_ASCENDCL_LIBRARY", "UCM_CUDA_LIBRARY", "libascendcl.so"),
-    ] {
-        let library = folder.join(file);
-        let mut tests = cargo();
-        tests.args(["test", "--package", "ucm", "--no-fail-fast"]);
-        tests.args(STORE_TESTS.iter().flat_map(|name| ["--test", name]));
-        tests
-            .env(variable, &library)
-            .env(other, "/nonexistent/driver.so")
-            .env("UCM_TEST_DEVICE_LIBRARY", &library)
-            .env("UCM_STUB_VISIBLE", "1")
-            // Measuring is for the device tests: these open hundreds of stores.
-            .env("UCM_CUDA_COPY", "batch")
-            .env("UCM_ASCEND_COPY", "batch");
-        run(&mut tests, &format!("store tests on {file}"))?;
-    }
-    Ok(())
 }
 
 /// Runs everything that needs a real GPU, with what the machine has: the driver alone for the device

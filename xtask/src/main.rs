@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod fakes;
 mod gpu;
 mod header;
 mod install;
@@ -78,7 +79,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
-        ["fake-test"] => gpu::fake_test(),
+        ["fake-test"] => fakes::test(&root()),
         ["gpu-test"] => gpu::gpu_test(),
         ["ptx"] => gpu::ptx(),
         ["header"] => header::write(&root()),

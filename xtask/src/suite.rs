@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{Outcome, cargo, demo};
+use crate::{Outcome, cargo, demo, fakes};
 
 /// A tool that a check needs, how to see that it is there, and the Debian packages that bring it.
 struct Tool {
@@ -72,6 +72,9 @@ pub fn run(root: &Path) -> Outcome {
     check("Rust, C and C++ tests", &mut |count| {
         follow(root, cargo().args(["test", "--workspace", "--no-fail-fast"]), count)
     });
+    for fake in &fakes::FAKES {
+        check(fake.check, &mut |count| follow(root, &mut fake.store_tests(root)?, count));
+    }
     check("demonstration", &mut |_| demo::run(root, None));
     let python = root.join("python/tests/run.sh");
     if python.exists() {
