@@ -25,3 +25,4 @@ pub mod posix;
 mod reference;
 pub mod store;
 pub mod task;
+mod xxh3;

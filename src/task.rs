@@ -307,6 +307,14 @@ impl Task {
         self.after_change(state);
     }
 
+    /// Gives a claim back whose result is not known yet; `settle` brings it.
+    pub(crate) fn give_back(&self, unit: u32) {
+        let mut state = self.state.lock();
+        debug_assert!((unit as usize) < state.phases.len() && state.held > 0);
+        state.held -= 1;
+        self.after_change(state);
+    }
+
     /// The unit needs no copy: its bytes are there already, or another task brings them.
     pub(crate) fn copied(&self, unit: u32) {
         let mut state = self.state.lock();

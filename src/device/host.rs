@@ -8,6 +8,7 @@ use super::{
 };
 use crate::block::SliceShape;
 use crate::error::Result;
+use crate::mem::runs::Runs;
 
 /// Plain host memory.
 pub struct Host;
@@ -48,15 +49,13 @@ struct HostStream {
 impl CopyStream for HostStream {
     unsafe fn enqueue(&mut self, jobs: &[CopyJob<'_>]) -> Option<Marker> {
         for job in jobs {
-            let mut staging = job.staging;
+            let mut runs = Runs::nowhere();
             for (address, shape) in job.addresses.iter().zip(job.slices) {
-                // SAFETY: the caller of `enqueue` vouches for the spans of the slice and for the sum of
-                // the slices' bytes of staging, of which this slice takes `shape.bytes()`.
-                unsafe {
-                    copy_slice(job.direction, address.cast(), staging, shape);
-                    staging = staging.add(shape.bytes() as usize);
-                }
+                runs.push_slice(address.cast(), shape);
             }
+            // SAFETY: the caller of `enqueue` vouches for the spans of the slices and for the sum of their bytes of
+            // staging.
+            unsafe { copy(job.direction, runs, job.staging) };
             self.finished.push(Finished {
                 ticket: job.ticket,
                 result: Ok(()),
@@ -81,36 +80,23 @@ pub unsafe fn copy_slice(
     staging: *mut u8,
     shape: &SliceShape,
 ) {
-    let run = shape.run_bytes as usize;
-    let mut counters = vec![0u64; shape.dimensions.len()];
-    let mut staged = staging;
-    loop {
-        let offset: u64 =
-            counters.iter().zip(&shape.dimensions).map(|(i, (_, stride))| i * stride).sum();
-        // SAFETY: `offset + run` is at most the slice's span, and `staged` has advanced by whole runs
-        // that are at most the slice's bytes; the caller vouches for both.
-        unsafe {
-            let at = memory.add(offset as usize);
-            match direction {
-                Direction::Gather => std::ptr::copy_nonoverlapping(at, staged, run),
-                Direction::Scatter => std::ptr::copy_nonoverlapping(staged, at, run),
-            }
-            staged = staged.add(run);
-        }
-        if !advance(&mut counters, &shape.dimensions) {
-            return;
-        }
-    }
+    let mut runs = Runs::nowhere();
+    runs.push_slice(memory, shape);
+    // SAFETY: the caller's promise.
+    unsafe { copy(direction, runs, staging) }
 }
 
-/// Counts like an odometer, the last dimension fastest; false when all combinations are done.
-fn advance(counters: &mut [u64], dimensions: &[(u64, u64)]) -> bool {
-    for (counter, (count, _)) in counters.iter_mut().zip(dimensions).rev() {
-        *counter += 1;
-        if *counter < *count {
-            return true;
+/// Copies all bytes of `runs` from or to staging.
+///
+/// # Safety
+/// The runs are valid, and `staging` for their bytes; they do not overlap.
+unsafe fn copy(direction: Direction, mut runs: Runs<'_>, staging: *mut u8) {
+    let bytes = runs.bytes();
+    // SAFETY: the caller's promise.
+    unsafe {
+        match direction {
+            Direction::Gather => runs.gather(staging, bytes),
+            Direction::Scatter => runs.scatter(staging, bytes),
         }
-        *counter = 0;
     }
-    false
 }

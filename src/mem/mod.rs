@@ -3,6 +3,8 @@
 pub mod arena;
 pub mod limits;
 pub mod numa;
+pub mod runs;
+pub mod stream;
 
 #[cfg(test)]
 mod arena_tests;

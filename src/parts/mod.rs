@@ -53,7 +53,8 @@ pub(crate) struct Unit {
 }
 
 impl Unit {
-    fn shard(&self) -> u32 {
+    /// The unit's shard in its part.
+    pub(crate) fn shard(&self) -> u32 {
         self.task.unit(self.index).shard
     }
 

@@ -180,6 +180,33 @@ impl Parts {
         }
     }
 
+    /// Loads whose copies can be made in the pass that verifies the piece, in the order of their shards and one for
+    /// each at most: their memory is claimed, and they no longer wait. Each is told of by `landed` when
+    /// `read_ended` has been called.
+    pub(crate) fn land(&mut self, piece: &Piece) -> Vec<Unit> {
+        let part = &mut self.parts[piece.part as usize];
+        let mut taken = ShardSet::new(self.rules.shards_per_part);
+        let lands = |unit: &mut Unit| {
+            !unit.is_hold()
+                && piece.shards.contains(&unit.shard())
+                && taken.insert(unit.shard())
+                && unit.task.begin(unit.index)
+        };
+        let mut landing: Vec<Unit> = part.loads.extract_if(.., lands).collect();
+        landing.sort_by_key(Unit::shard);
+        part.pins += landing.len() as u32;
+        landing
+    }
+
+    /// A load that was made in the pass that verified its bytes has ended, whatever its result.
+    pub(crate) fn landed(&mut self, id: PartId, actions: &mut Vec<Action>) {
+        let part = &self.parts[id as usize];
+        if let (State::Ready, Some(slot)) = (part.state, part.slot) {
+            self.policy.touch(slot);
+        }
+        self.scattered(id, actions);
+    }
+
     /// A piece has come to its end. Returns those who will not get what they wait for; nobody else is told
     /// that it failed.
     pub(crate) fn read_ended(

@@ -5,7 +5,10 @@
 
 use crate::block::{BlockId, PAGE, PartKey};
 use crate::io::DmaSlice;
+use crate::mem::runs::Runs;
+use crate::mem::stream::RUN_MIN;
 use crate::posix::format::{NO_CHECKSUM, TRAILER_SHARDS_MAX};
+use crate::xxh3::{Sink, Xxh3};
 use twox_hash::xxhash3_64::Hasher;
 
 /// What a checksum is bound to.
@@ -48,7 +51,17 @@ impl Identity {
     /// The pieces are valid for reading and nobody writes them meanwhile.
     pub unsafe fn part(&self, pieces: &[DmaSlice], bytes: u64) -> u64 {
         // SAFETY: as promised by the caller.
-        unsafe { hash(self.seed(PART_UNIT), pieces, 0, bytes) }
+        unsafe { self.part_along(pieces, bytes, &mut Runs::nowhere()) }
+    }
+
+    /// As [`Identity::part`]; copies the bytes to `along` in the same pass.
+    ///
+    /// # Safety
+    /// The pieces are valid for reading and nobody writes them meanwhile; the runs are valid for writing, and
+    /// overlap no piece.
+    pub unsafe fn part_along(&self, pieces: &[DmaSlice], bytes: u64, along: &mut Runs<'_>) -> u64 {
+        // SAFETY: as promised by the caller.
+        unsafe { hash(self.seed(PART_UNIT), pieces, bytes, along) }
     }
 
     /// Checksum of a whole part that lies in ordinary memory.
@@ -56,16 +69,22 @@ impl Identity {
         nonzero(Hasher::oneshot_with_seed(self.seed(PART_UNIT), bytes))
     }
 
-    /// Checksum of unit `unit`, which begins `skip` bytes into `pieces`.
+    /// Checksum of unit `unit` of `bytes` bytes, with which `pieces` begin; copies them to `along` in the same pass.
     ///
     /// # Safety
-    /// The pieces are valid for reading and nobody writes them meanwhile.
-    pub unsafe fn unit(&self, unit: u32, pieces: &[DmaSlice], skip: u64, bytes: u64) -> u64 {
+    /// As for [`Identity::part_along`].
+    pub unsafe fn unit_along(
+        &self,
+        unit: u32,
+        pieces: &[DmaSlice],
+        bytes: u64,
+        along: &mut Runs<'_>,
+    ) -> u64 {
         // SAFETY: as promised by the caller.
-        unsafe { hash(self.seed(unit), pieces, skip, bytes) }
+        unsafe { hash(self.seed(unit), pieces, bytes, along) }
     }
 
-    /// All checksums of a part that is written in shards of `shard_bytes`.
+    /// All checksums of a part that is written in shards of `shard_bytes`, in one pass over its bytes.
     ///
     /// # Safety
     /// The pieces are valid for reading and nobody writes them meanwhile.
@@ -75,27 +94,85 @@ impl Identity {
         part_bytes: u64,
         shard_bytes: u64,
     ) -> PartChecksums {
+        let mut sums = Sums::new(*self, part_bytes, shard_bytes);
+        for (source, length) in stretches(pieces, part_bytes) {
+            // SAFETY: as promised by the caller.
+            unsafe { sums.feed(source, length) };
+        }
+        sums.finish()
+    }
+}
+
+/// The checksums of a part whose bytes come one after the other.
+struct Sums {
+    identity: Identity,
+    part_bytes: u64,
+    unit_bytes: u64,
+    whole: Xxh3,
+    /// The unit whose bytes are coming, and those before it; none where the part is one unit.
+    unit: Option<Xxh3>,
+    fed: u64,
+    units: Vec<u64>,
+}
+
+impl Sums {
+    fn new(identity: Identity, part_bytes: u64, shard_bytes: u64) -> Self {
         let unit_bytes = unit_bytes(part_bytes, shard_bytes);
-        // SAFETY: as promised by the caller.
-        let part = unsafe { self.part(pieces, part_bytes) };
-        let count = part_bytes.div_ceil(unit_bytes);
-        let units = match count {
-            1 => Vec::new(),
-            _ => (0..count)
-                .map(|unit| {
-                    let skip = unit * unit_bytes;
-                    let bytes = unit_bytes.min(part_bytes - skip);
-                    // SAFETY: as promised by the caller.
-                    unsafe { self.unit(unit as u32, pieces, skip, bytes) }
-                })
-                .collect(),
-        };
-        PartChecksums { part, unit_bytes, units }
+        let whole = Xxh3::new(identity.seed(PART_UNIT), part_bytes as usize);
+        let mut sums =
+            Self { identity, part_bytes, unit_bytes, whole, unit: None, fed: 0, units: Vec::new() };
+        if unit_bytes < part_bytes {
+            sums.unit = Some(sums.next_unit());
+        }
+        sums
+    }
+
+    fn next_unit(&self) -> Xxh3 {
+        let bytes = self.unit_bytes.min(self.part_bytes - self.fed);
+        Xxh3::new(self.identity.seed(self.units.len() as u32), bytes as usize)
+    }
+
+    /// # Safety
+    /// `source` is valid for reading `length` bytes, and nobody writes them meanwhile.
+    unsafe fn feed(&mut self, source: *const u8, length: usize) {
+        let mut at = 0;
+        while at < length {
+            let unit_left = (self.unit_bytes - self.fed % self.unit_bytes) as usize;
+            let take = (length - at).min(unit_left).min(CHUNK);
+            // SAFETY: `at + take` is at most `length`; the second pass over a chunk finds it in the cache.
+            unsafe {
+                self.whole.feed(source.add(at), take, Sink::Nowhere);
+                if let Some(unit) = &mut self.unit {
+                    unit.feed(source.add(at), take, Sink::Nowhere);
+                }
+            }
+            at += take;
+            self.fed += take as u64;
+            if take == unit_left || self.fed == self.part_bytes {
+                self.end_unit();
+            }
+        }
+    }
+
+    fn end_unit(&mut self) {
+        let Some(unit) = self.unit.take() else { return };
+        self.units.push(unit.finish().map_or(NO_CHECKSUM, nonzero));
+        if self.fed < self.part_bytes {
+            self.unit = Some(self.next_unit());
+        }
+    }
+
+    fn finish(self) -> PartChecksums {
+        let part = self.whole.finish().map_or(NO_CHECKSUM, nonzero);
+        PartChecksums { part, unit_bytes: self.unit_bytes, units: self.units }
     }
 }
 
 /// The unit number that stands for the whole part.
 const PART_UNIT: u32 = u32::MAX;
+
+/// Bytes that are gone over twice while they are in the cache that is nearest to the processor.
+const CHUNK: usize = 8 << 10;
 
 /// Bytes that one checksum of the trailer covers: a shard, or as many as it takes for all to fit in a page.
 /// A shard size that is no page multiple (never layer-wise) makes the part one unit.
@@ -107,39 +184,59 @@ pub fn unit_bytes(part_bytes: u64, shard_bytes: u64) -> u64 {
     shard_bytes * shards.div_ceil(TRAILER_SHARDS_MAX as u64)
 }
 
-/// Hashes `bytes` bytes from `skip` on. Zero is kept for "no checksum", so it reads as one.
+/// The memory of the first `bytes` bytes of `pieces`, run by run.
+fn stretches(pieces: &[DmaSlice], bytes: u64) -> impl Iterator<Item = (*const u8, usize)> + '_ {
+    let mut left = bytes as usize;
+    pieces.iter().map_while(move |piece| {
+        let length = piece.length.min(left);
+        left -= length;
+        (length > 0 || left > 0).then_some((piece.pointer.cast_const(), length))
+    })
+}
+
+/// Hashes the first `bytes` bytes and copies them to `along`. Zero is kept for "no checksum", so it reads as one.
 ///
 /// # Safety
-/// The pieces are valid for reading and nobody writes them meanwhile.
-unsafe fn hash(seed: u64, pieces: &[DmaSlice], skip: u64, bytes: u64) -> u64 {
-    let mut skip = skip as usize;
-    let mut left = bytes as usize;
-    let mut streamed: Option<Hasher> = None;
-    for piece in pieces {
-        if skip >= piece.length {
-            skip -= piece.length;
-            continue;
-        }
-        let take = (piece.length - skip).min(left);
-        // SAFETY: `skip + take` is at most the piece's length, and the caller vouches for the piece.
-        let slice =
-            unsafe { std::slice::from_raw_parts(piece.pointer.add(skip).cast_const(), take) };
-        if take == left && streamed.is_none() {
-            return nonzero(Hasher::oneshot_with_seed(seed, slice));
-        }
-        let hasher = streamed.get_or_insert_with(|| Hasher::with_seed(seed));
-        std::hash::Hasher::write(hasher, slice);
-        skip = 0;
-        left -= take;
-        if left == 0 {
-            break;
+/// The pieces are valid for reading and nobody writes them meanwhile; the runs are valid for writing, and overlap
+/// no piece.
+unsafe fn hash(seed: u64, pieces: &[DmaSlice], bytes: u64, along: &mut Runs<'_>) -> u64 {
+    let mut hasher = Xxh3::new(seed, bytes as usize);
+    for (source, length) in stretches(pieces, bytes) {
+        let mut at = 0;
+        while at < length {
+            // SAFETY: `at` and what is taken from there are inside the stretch; the rest is the caller's promise.
+            at += unsafe { feed(&mut hasher, source.add(at), length - at, along) };
         }
     }
     // Fewer bytes than asked for can match no checksum that was taken of all of them.
-    match (left, streamed) {
-        (0, Some(hasher)) => nonzero(std::hash::Hasher::finish(&hasher)),
-        _ => NO_CHECKSUM,
+    hasher.finish().map_or(NO_CHECKSUM, nonzero)
+}
+
+/// Hashes some of the next `length` bytes and copies them to where they go; returns how many.
+///
+/// # Safety
+/// As for `hash`.
+unsafe fn feed(hasher: &mut Xxh3, source: *const u8, length: usize, along: &mut Runs<'_>) -> usize {
+    if along.run_bytes() < RUN_MIN {
+        // Short runs are not worth a call each: they are copied from the cache, a chunk later.
+        let length = length.min(CHUNK);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            hasher.feed(source, length, Sink::Nowhere);
+            along.scatter(source, length);
+        }
+        return length;
     }
+    let streamed = along.is_streamed();
+    let run = along.next(length);
+    let sink = match streamed {
+        _ if run.memory.is_null() => Sink::Nowhere,
+        true => Sink::Uncached(run.memory),
+        false => Sink::Memory(run.memory),
+    };
+    // SAFETY: `run.length` is at most `length`, and the run is as long; the rest is the caller's promise.
+    unsafe { hasher.feed(source, run.length, sink) };
+    run.length
 }
 
 fn nonzero(hash: u64) -> u64 {
@@ -149,6 +246,7 @@ fn nonzero(hash: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::SliceShape;
 
     fn identity() -> Identity {
         let key = PartKey { block: BlockId([1; 16]), part: 2 };
@@ -176,8 +274,9 @@ mod tests {
         unsafe {
             assert_eq!(id.part(&one, 39_000), id.part(&many, 39_000));
             assert_ne!(id.part(&one, 39_000), id.part(&many, 38_999));
-            assert_eq!(id.unit(1, &one, 4096, 8192), id.unit(1, &many, 4096, 8192));
-            assert_ne!(id.unit(1, &one, 4096, 8192), id.unit(2, &many, 4096, 8192));
+            let unit = |unit, pieces| id.unit_along(unit, pieces, 8192, &mut Runs::nowhere());
+            assert_eq!(unit(1, &one[..]), unit(1, &many[..]));
+            assert_ne!(unit(1, &one[..]), unit(2, &many[..]));
             assert_eq!(id.part(&one, 40_001), NO_CHECKSUM);
             let whole = id.part(&many, 40_000);
             assert_eq!(whole, id.part_in(&bytes));
@@ -214,6 +313,56 @@ mod tests {
         }
         assert_eq!(unit_bytes(1000, 100), 1000);
         assert_eq!(unit_bytes(4096 * 61, 4096), 4096);
+    }
+
+    /// The checksums of a part that come from one pass are those of the part and of each unit by itself, however the
+    /// part is cut into pieces.
+    #[test]
+    fn one_pass_takes_the_checksums_of_part_and_units() {
+        let mut bytes: Vec<u8> = (0..50_000u32).map(|i| ((i * 7) >> 1) as u8).collect();
+        let id = identity();
+        for (part, shard) in [(49_152, 4096), (49_152, 12_288), (40_000, 20_480), (40_000, 40_000)]
+        {
+            let mut units = Vec::new();
+            let unit = unit_bytes(part, shard);
+            for (number, at) in (0..part).step_by(unit as usize).enumerate() {
+                let end = part.min(at + unit) as usize;
+                let seed = id.seed(number as u32);
+                units.push(Hasher::oneshot_with_seed(seed, &bytes[at as usize..end]));
+            }
+            let whole = id.part_in(&bytes[..part as usize]);
+            for cuts in [&[][..], &[1, 4096, 5000, 20_000], &[8192, 16_384]] {
+                let pieces = slices(&mut bytes, cuts);
+                // SAFETY: `bytes` lives to the end of the test and is not written.
+                let sums = unsafe { id.all(&pieces, part, shard) };
+                let expected = if units.len() == 1 { &[][..] } else { &units };
+                assert_eq!((sums.part, &sums.units[..]), (whole, expected));
+            }
+        }
+    }
+
+    /// Bytes that are copied while they are hashed arrive where they go, and the checksum is that of the source.
+    #[test]
+    fn bytes_that_go_along_arrive() {
+        let mut bytes: Vec<u8> = (0..200_000u32).map(|i| ((i * 7) >> 1) as u8 | 1).collect();
+        let id = identity();
+        let long = SliceShape::contiguous(100_000);
+        let short = SliceShape { run_bytes: 250, dimensions: vec![(100, 300)] };
+        let mut memory = vec![0; 200_000];
+        let mut runs = Runs::nowhere();
+        runs.push_slice(memory.as_mut_ptr(), &long);
+        runs.push_gap(5000);
+        runs.push_slice(memory[110_000..].as_mut_ptr(), &short);
+        let pieces = slices(&mut bytes, &[64_000]);
+        // SAFETY: the slices' spans are inside `memory`; both vectors live to the end of the test.
+        let sum = unsafe { id.part_along(&pieces, 199_999, &mut runs) };
+        assert_eq!(sum, id.part_in(&bytes[..199_999]));
+        assert_eq!(memory[..100_000], bytes[..100_000]);
+        for run in 0..100 {
+            let (to, from) = (110_000 + run * 300, 105_000 + run * 250);
+            assert_eq!(memory[to..to + 250], bytes[from..from + 250]);
+            assert!(memory[to + 250..to + 300].iter().all(|byte| *byte == 0));
+        }
     }
 
     /// Pinned values: the checksum is part of the format and may never change.

@@ -1,5 +1,6 @@
-//! Reads: drive to slot, verify, tell the part table; and what a read that failed means.
+//! Reads: drive to slot, verify and copy, tell the part table; and what a read that failed means.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,8 +12,10 @@ use crate::config::Checksum;
 use crate::copy::{Job, Size, Urgency};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Class, DmaSlice, thread};
+use crate::mem::runs::Runs;
 use crate::parts::{Check, Outcome, Piece, Unit};
 use crate::posix::{Found, Trailer};
+use crate::task::Address;
 
 /// The two reads of a first piece, until both have ended.
 #[derive(Default)]
@@ -82,7 +85,7 @@ impl Engine {
         match (shards, trailer) {
             // Without its trailer the part may still be good as a whole.
             (Some(Ok(())), Some(Err(_))) => {
-                let jobs = self.piece_ended(&piece, Outcome::Misfit);
+                let jobs = self.piece_ended(&piece, Outcome::Misfit, Vec::new());
                 self.pool.push(jobs);
             }
             (Some(result), _) => self.piece_done(piece, result),
@@ -111,52 +114,96 @@ impl Engine {
 
     fn piece_failed(&self, piece: &Piece, error: Error) -> Vec<Job> {
         let shards = piece.shards.clone().collect();
-        self.piece_ended(piece, Outcome::Bad { shards, error, trailer: None })
+        self.piece_ended(piece, Outcome::Bad { shards, error, trailer: None }, Vec::new())
     }
 
-    /// Tells the part table, and those who will not get what they wait for.
-    fn piece_ended(&self, piece: &Piece, outcome: Outcome) -> Vec<Job> {
-        let error = match &outcome {
-            Outcome::Bad { error, .. } => Some(error.clone()),
-            _ => None,
+    /// Tells the part table, those whose copies were made along with the verification, and those who will not get
+    /// what they wait for.
+    fn piece_ended(&self, piece: &Piece, outcome: Outcome, landed: Vec<Unit>) -> Vec<Job> {
+        let (bad, error) = match &outcome {
+            Outcome::Bad { shards, error, .. } => (shards.clone(), Some(error.clone())),
+            _ => (Vec::new(), None),
         };
-        let (failed, jobs) = thread::batch(|| {
-            self.event_jobs(|parts, actions| parts.read_ended(piece, outcome, actions))
+        let (mut failed, jobs) = thread::batch(|| {
+            self.event_jobs(|parts, actions| {
+                let failed = parts.read_ended(piece, outcome, actions);
+                landed.iter().for_each(|_| parts.landed(piece.part, actions));
+                failed
+            })
         });
+        // After the table knows of it, so that whoever waits for LOADED finds the part in DRAM.
+        for unit in landed {
+            if bad.contains(&unit.shard()) {
+                unit.task.give_back(unit.index);
+                failed.push(unit);
+            } else {
+                unit.task.end(unit.index, Ok(()));
+            }
+        }
         if let Some(error) = error {
             self.explain_failure(piece.key, piece.found, error, failed);
         }
         jobs
     }
 
+    /// Verifies a piece and, where caller memory is plain memory, copies it in the same pass to those who wait for
+    /// it: bytes that a drive has just brought are fetched from memory once. They are in the callers' memory before
+    /// it is known whether they are right, which only callers hear whose entries are OK; nobody else, and no later
+    /// load, is served from the slot before.
     fn verify(&self, piece: &Piece) -> Vec<Job> {
-        let outcome = match &piece.check {
-            Check::Whole => self.verify_whole(piece),
-            Check::First if !self.verifies() => Outcome::Good(None),
-            Check::First => match self.trailer_of(piece) {
-                Some(trailer) => self.verify_shards(piece, &trailer, Some(Arc::clone(&trailer))),
-                None => Outcome::Misfit,
+        let trailer = match &piece.check {
+            Check::First if self.verifies() => match self.trailer_of(piece) {
+                Some(trailer) => Some(trailer),
+                None => return self.piece_ended(piece, Outcome::Misfit, Vec::new()),
             },
-            Check::Shards(None) => Outcome::Good(None),
-            Check::Shards(Some(trailer)) => self.verify_shards(piece, trailer, None),
+            Check::Shards(trailer) => trailer.clone(),
+            Check::Whole | Check::First => None,
+        };
+        let landing =
+            if self.device.is_host() { self.parts.lock().land(piece) } else { Vec::new() };
+        let outcome = match (&piece.check, trailer) {
+            (Check::Whole, _) => self.verify_whole(piece, &landing),
+            (_, trailer) => self.verify_shards(piece, trailer, &landing),
         };
         if let Outcome::Bad { .. } = outcome {
             self.metrics.verify_failures.add(1);
         }
-        self.piece_ended(piece, outcome)
+        self.piece_ended(piece, outcome, landing)
     }
 
-    fn verify_whole(&self, piece: &Piece) -> Outcome {
+    fn verify_whole(&self, piece: &Piece, landing: &[Unit]) -> Outcome {
         let payload = self.slot_memory(piece.slot, self.config.geometry.part_bytes);
+        let mut runs = self.runs(piece.shards.clone(), landing);
         // SAFETY: the piece is the whole part and its read has ended; until `read_ended` nobody else touches
-        // the slot.
-        match unsafe { self.tier().verify(&piece.key, &piece.found, &[payload]) } {
+        // the slot. The runs are memory that `land` has claimed.
+        let verdict =
+            unsafe { self.tier().verify_along(&piece.key, &piece.found, &[payload], &mut runs) };
+        match verdict {
             Ok(()) => Outcome::Good(None),
             Err(error) => {
                 let shards = piece.shards.clone().collect();
                 Outcome::Bad { shards, error, trailer: None }
             }
         }
+    }
+
+    /// Where bytes of these shards go for those who wait for them. Sorted by shard, at most one each.
+    fn runs<'a>(&self, shards: Range<u32>, landing: &'a [Unit]) -> Runs<'a> {
+        let mut runs = Runs::nowhere();
+        let mut landing = landing.iter().peekable();
+        // The bytes of a part that is one shard are those of its one unit.
+        let shard_bytes = self.config.geometry.shard_bytes.min(self.config.geometry.part_bytes);
+        for shard in shards {
+            let Some(unit) = landing.next_if(|unit| unit.shard() == shard) else {
+                runs.push_gap(shard_bytes as usize);
+                continue;
+            };
+            let slices = unit.task.piece(unit.index).slices.iter();
+            for (Address(address), shape) in unit.task.addresses(unit.index).zip(slices) {
+                runs.push_slice(std::ptr::with_exposed_provenance_mut(address), shape);
+            }
+        }
+        runs
     }
 
     /// The part's trailer, if it has checksums of which each shard is made of whole ones.
@@ -171,38 +218,58 @@ impl Engine {
         (fits && !trailer.units.is_empty()).then(|| Arc::new(trailer))
     }
 
+    /// Shard by shard, each with the checksums that a trailer has for it; without one they count as right.
     fn verify_shards(
         &self,
         piece: &Piece,
-        trailer: &Trailer,
-        found_now: Option<Arc<Trailer>>,
+        trailer: Option<Arc<Trailer>>,
+        landing: &[Unit],
     ) -> Outcome {
         let mut bad = Vec::new();
         let mut first = None;
         for shard in piece.shards.clone() {
-            if let Err(error) = self.verify_shard(piece, trailer, shard) {
+            let unit = landing.iter().position(|unit| unit.shard() == shard);
+            let landing = unit.map_or(&[][..], |index| &landing[index..=index]);
+            let mut runs = self.runs(shard..shard + 1, landing);
+            if let Err(error) = self.verify_shard(piece, trailer.as_deref(), shard, &mut runs) {
                 bad.push(shard);
                 first.get_or_insert(error);
             }
         }
+        // A trailer that came with the piece is news for the table.
+        let trailer = trailer.filter(|_| matches!(piece.check, Check::First));
         match first {
-            None => Outcome::Good(found_now),
-            Some(error) => Outcome::Bad { shards: bad, error, trailer: found_now },
+            None => Outcome::Good(trailer),
+            Some(error) => Outcome::Bad { shards: bad, error, trailer },
         }
     }
 
-    fn verify_shard(&self, piece: &Piece, trailer: &Trailer, shard: u32) -> Result<()> {
+    fn verify_shard(
+        &self,
+        piece: &Piece,
+        trailer: Option<&Trailer>,
+        shard: u32,
+        runs: &mut Runs<'_>,
+    ) -> Result<()> {
+        let shard_bytes = self.config.geometry.shard_bytes;
+        let base = self.slot_base(piece.slot).wrapping_add(shard as usize * shard_bytes as usize);
+        let Some(trailer) = trailer else {
+            // SAFETY: the shard lies in the piece, whose read has ended; the runs are memory that `land` claimed.
+            unsafe { runs.scatter(base, shard_bytes as usize) };
+            return Ok(());
+        };
         let unit_bytes = self.tier().unit_bytes(trailer);
-        let units = (self.config.geometry.shard_bytes / unit_bytes) as u32;
-        (shard * units..(shard + 1) * units).try_for_each(|unit| {
-            let at = u64::from(unit) * unit_bytes;
-            let memory = DmaSlice {
-                pointer: self.slot_base(piece.slot).wrapping_add(at as usize),
-                length: unit_bytes as usize,
-            };
+        let units = (shard_bytes / unit_bytes) as u32;
+        (0..units).try_for_each(|index| {
+            let at = index as usize * unit_bytes as usize;
+            let memory = DmaSlice { pointer: base.wrapping_add(at), length: unit_bytes as usize };
+            let (unit, pieces) = (shard * units + index, [memory]);
             // SAFETY: the unit lies in the piece, whose read has ended; until `read_ended` nobody else touches
-            // the piece's shards, whatever is done with others of the slot.
-            unsafe { self.tier().verify_unit(&piece.key, &piece.found, trailer, unit, &[memory]) }
+            // the piece's shards, whatever is done with others of the slot. The runs are memory that `land`
+            // has claimed.
+            unsafe {
+                self.tier().verify_unit(&piece.key, &piece.found, trailer, unit, &pieces, runs)
+            }
         })
     }
 

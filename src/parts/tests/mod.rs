@@ -127,6 +127,10 @@ struct Driver {
     content: HashMap<Place, PartKey>,
     shared: HashSet<PartKey>,
     stored: HashSet<PartKey>,
+    /// Whether loads are copied in the pass that verifies a piece, and those of each piece whose pass has begun, by
+    /// its first place.
+    lands: bool,
+    landing: HashMap<Place, Vec<Unit>>,
 }
 
 impl Driver {
@@ -139,6 +143,8 @@ impl Driver {
             content: HashMap::new(),
             shared: HashSet::new(),
             stored: HashSet::new(),
+            lands: false,
+            landing: HashMap::new(),
         }
     }
 
@@ -280,10 +286,19 @@ impl Driver {
                 }
                 self.parts.scattered(part, &mut actions);
             }
-            Action::Read { piece, .. } => {
+            Action::Read { piece, class, expires } => {
+                let landing = self.landing.remove(&places[0]);
+                if self.lands && landing.is_none() && matches!(fate, Fate::Well | Fate::Damaged) {
+                    let landing = self.parts.land(&piece);
+                    self.landing.insert(places[0], landing);
+                    // It ends when it is chosen again.
+                    return self.outstanding.push(Action::Read { piece, class, expires });
+                }
                 Self::release(&mut self.writing, &places);
                 self.parts.arrived(&piece);
-                self.end_read(&piece, fate, &mut actions);
+                let fate = if landing.is_some() && !well { Fate::Damaged } else { fate };
+                let landing = landing.unwrap_or_default();
+                self.end_read(&piece, fate, landing, &mut actions);
             }
             Action::Store { part, key, .. } => {
                 Self::release(&mut self.reading, &places);
@@ -299,7 +314,13 @@ impl Driver {
         self.take(actions);
     }
 
-    fn end_read(&mut self, piece: &Piece, fate: Fate, actions: &mut Vec<Action>) {
+    fn end_read(
+        &mut self,
+        piece: &Piece,
+        fate: Fate,
+        landing: Vec<Unit>,
+        actions: &mut Vec<Action>,
+    ) {
         let trailer = || matches!(piece.check, Check::First).then(|| Arc::new(trailer()));
         let bad = |shards: Vec<u32>, kind, trailer| Outcome::Bad {
             shards,
@@ -316,17 +337,27 @@ impl Driver {
             Fate::Damaged => bad(vec![piece.shards.start], ErrorKind::Corrupt, trailer()),
             Fate::Late => bad(all(), ErrorKind::Timeout, None),
         };
-        let good = match &outcome {
+        let good: Vec<u32> = match &outcome {
             Outcome::Good(_) => all(),
             Outcome::Bad { shards, .. } => {
                 piece.shards.clone().filter(|shard| !shards.contains(shard)).collect()
             }
             Outcome::Misfit => Vec::new(),
         };
-        for shard in good {
+        for &shard in &good {
             self.content.insert((piece.slot, shard), piece.key);
         }
-        for unit in self.parts.read_ended(piece, outcome, actions) {
+        let mut failed = self.parts.read_ended(piece, outcome, actions);
+        for unit in landing {
+            self.parts.landed(piece.part, actions);
+            if good.contains(&unit.shard()) {
+                unit.task.end(unit.index, Ok(()));
+            } else {
+                unit.task.give_back(unit.index);
+                failed.push(unit);
+            }
+        }
+        for unit in failed {
             unit.task.settle(unit.index, Err(Error::new(ErrorKind::Io, "injected")));
         }
     }

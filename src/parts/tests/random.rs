@@ -74,10 +74,12 @@ proptest! {
         slots in 2u32..6,
         cached in any::<bool>(),
         stores in any::<bool>(),
+        lands in any::<bool>(),
     ) {
         let keep = if cached { Keep::Cached } else { Keep::Staged };
         let sink = if stores { Sink::Storage } else { Sink::Nothing };
         let mut driver = Driver::new(rules(slots, shards, keep, sink));
+        driver.lands = lands;
         let mut tasks: Vec<Arc<Task>> = Vec::new();
         let mut holds: Vec<(u8, Arc<Task>)> = Vec::new();
         for step in steps {

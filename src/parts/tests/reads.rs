@@ -169,3 +169,41 @@ fn a_staged_part_goes_when_all_its_shards_were_served() {
     assert!(tasks.iter().all(|task| is_loaded(task)));
     assert_eq!(driver.parts.slots().0, 0);
 }
+
+/// Goal: a load that is copied in the pass that verifies its part keeps the staged part's slot until it has ended,
+/// and no longer; others who wait for the same bytes are copied from the slot.
+#[test]
+fn a_load_that_lands_holds_the_slot_until_it_has_ended() {
+    let mut driver = Driver::new(rules(2, 1, Keep::Staged, Sink::Storage));
+    driver.lands = true;
+    driver.stored.insert(key(1));
+    let (first, second) = (task(Kind::Load, 1, 0, 1), task(Kind::Load, 1, 0, 1));
+    driver.load(&first, 1);
+    driver.load(&second, 1);
+    driver.end(0, true);
+    assert!(matches!(first.poll(Stage::Loaded), Progress::Pending), "not verified yet");
+    driver.end(0, true);
+    assert!(matches!(first.poll(Stage::Loaded), Progress::Done));
+    assert!(matches!(second.poll(Stage::Loaded), Progress::Pending), "its copy is another");
+    assert_eq!(driver.parts.slots().0, 1);
+    driver.drain();
+    assert!(matches!(second.poll(Stage::Loaded), Progress::Done));
+    assert_eq!(driver.parts.slots().0, 0);
+}
+
+/// Goal: a load whose bytes were copied along and do not verify fails, and its memory is released at once though
+/// what the failure means is found out later.
+#[test]
+fn a_load_that_lands_with_wrong_bytes_fails() {
+    let mut driver = Driver::new(rules(2, 2, Keep::Cached, Sink::Storage));
+    driver.lands = true;
+    driver.stored.insert(key(1));
+    let tasks = [task(Kind::Load, 1, 0, 2), task(Kind::Load, 1, 1, 2)];
+    tasks.iter().for_each(|task| driver.load(task, 1));
+    driver.end_as(0, Fate::Damaged);
+    driver.end_as(0, Fate::Damaged);
+    driver.drain();
+    assert!(matches!(tasks[0].poll(Stage::Loaded), Progress::Failed(_)));
+    assert!(tasks.iter().all(|task| task.is_released()));
+    assert!(!driver.parts.is_resident(&key(1)) && !driver.parts.is_busy());
+}

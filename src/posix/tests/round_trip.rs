@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use super::world::*;
 use crate::block::PAGE;
 use crate::error::ErrorKind;
+use crate::mem::runs::Runs;
 
 /// Goal: what one tier saves, it and another one find and load, byte for byte.
 #[test]
@@ -137,7 +138,7 @@ fn units_verify_by_the_trailer() {
         let verify = |unit| {
             let slices = [pages.slice(0, 1)];
             // SAFETY: `pages` lives and the read has ended.
-            unsafe { tier.verify_unit(&key, &found, &trailer, unit, &slices) }
+            unsafe { tier.verify_unit(&key, &found, &trailer, unit, &slices, &mut Runs::nowhere()) }
         };
         verify(unit).unwrap();
         assert_eq!(verify((unit + 1) % 4).unwrap_err().kind(), ErrorKind::Corrupt);

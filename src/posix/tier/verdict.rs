@@ -8,6 +8,7 @@ use crate::block::PartKey;
 use crate::config::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::DmaSlice;
+use crate::mem::runs::Runs;
 use crate::posix::catalog::SegmentRef;
 use crate::posix::format::{Kind, NO_CHECKSUM, Record, Trailer};
 use crate::posix::host::wall_ms;
@@ -21,13 +22,31 @@ impl Tier {
     /// # Safety
     /// The pieces are valid for reading and nobody writes them meanwhile.
     pub unsafe fn verify(&self, key: &PartKey, found: &Found, pieces: &[DmaSlice]) -> Result<()> {
+        // SAFETY: as promised by the caller; runs that lead nowhere write nothing.
+        unsafe { self.verify_along(key, found, pieces, &mut Runs::nowhere()) }
+    }
+
+    /// As [`Tier::verify`]; copies the bytes to `along` in the same pass, before it is known whether they are right.
+    ///
+    /// # Safety
+    /// As for [`Tier::verify`]; the runs are valid for writing, and overlap no piece.
+    pub unsafe fn verify_along(
+        &self,
+        key: &PartKey,
+        found: &Found,
+        pieces: &[DmaSlice],
+        along: &mut Runs<'_>,
+    ) -> Result<()> {
+        let part_bytes = self.layout.part_bytes;
         if self.layout.config.checksum == Checksum::Off || found.checksum == NO_CHECKSUM {
+            // SAFETY: as promised by the caller.
+            unsafe { copy(pieces, part_bytes, along) };
             return Ok(());
         }
         let segment = self.catalog.segment(found.location.segment).ok_or_else(|| gone(key))?;
         let identity = self.layout.identity(key, segment.name.generation);
         // SAFETY: as promised by the caller.
-        match unsafe { identity.part(pieces, self.layout.part_bytes) } == found.checksum {
+        match unsafe { identity.part_along(pieces, part_bytes, along) } == found.checksum {
             true => Ok(()),
             false => Err(self.mismatch(key, found, &segment)),
         }
@@ -55,10 +74,11 @@ impl Tier {
         if trailer.units.is_empty() { self.layout.part_bytes } else { trailer.unit_bytes }
     }
 
-    /// Whether the bytes of unit `unit` (of [`Tier::unit_bytes`]) are the ones that were saved.
+    /// Whether the bytes of unit `unit` (of [`Tier::unit_bytes`]) are the ones that were saved; copies them to
+    /// `along` in the same pass, before that is known.
     ///
     /// # Safety
-    /// The pieces are valid for reading and nobody writes them meanwhile.
+    /// As for [`Tier::verify_along`].
     pub unsafe fn verify_unit(
         &self,
         key: &PartKey,
@@ -66,20 +86,23 @@ impl Tier {
         trailer: &Trailer,
         unit: u32,
         pieces: &[DmaSlice],
+        along: &mut Runs<'_>,
     ) -> Result<()> {
         if trailer.units.is_empty() {
             // SAFETY: as promised by the caller.
-            return unsafe { self.verify(key, found, pieces) };
+            return unsafe { self.verify_along(key, found, pieces, along) };
         }
+        let left = self.layout.part_bytes.saturating_sub(u64::from(unit) * trailer.unit_bytes);
+        let bytes = trailer.unit_bytes.min(left);
         if self.layout.config.checksum == Checksum::Off || trailer.checksum == NO_CHECKSUM {
+            // SAFETY: as promised by the caller.
+            unsafe { copy(pieces, bytes, along) };
             return Ok(());
         }
         let segment = self.catalog.segment(found.location.segment).ok_or_else(|| gone(key))?;
         let identity = self.layout.identity(key, segment.name.generation);
-        let left = self.layout.part_bytes.saturating_sub(u64::from(unit) * trailer.unit_bytes);
-        let bytes = trailer.unit_bytes.min(left);
         // SAFETY: as promised by the caller.
-        let sum = unsafe { identity.unit(unit, pieces, 0, bytes) };
+        let sum = unsafe { identity.unit_along(unit, pieces, bytes, along) };
         match trailer.units.get(unit as usize) == Some(&sum) {
             true => Ok(()),
             false => Err(self.mismatch(key, found, &segment)),
@@ -173,6 +196,20 @@ impl Tier {
             ),
         )
         .at(&home.segments.join(segment.name.to_string()))
+    }
+}
+
+/// Copies the first `bytes` bytes of `pieces` to where they go.
+///
+/// # Safety
+/// The pieces are valid for reading and the runs for writing; they do not overlap.
+unsafe fn copy(pieces: &[DmaSlice], bytes: u64, along: &mut Runs<'_>) {
+    let mut left = bytes as usize;
+    for piece in pieces {
+        let length = piece.length.min(left);
+        // SAFETY: as promised by the caller.
+        unsafe { along.scatter(piece.pointer, length) };
+        left -= length;
     }
 }
 
