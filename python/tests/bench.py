@@ -48,6 +48,8 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.model = str(make(root / "model"))
+        self.text = ""
+        """What the last process printed."""
         self._count = 0
 
     def config(self, name: str, **inner: Any) -> dict[str, Any]:
@@ -75,7 +77,8 @@ class Bench:
         self._count += 1
         result = self.root / f"result-{self._count}.json"
         log = self.root / f"log-{self._count}.txt"
-        job |= {"model": self.model, "directory": str(self.root), "phases": phases, "result": str(result)}
+        job = {"model": self.model} | job
+        job |= {"directory": str(self.root), "phases": phases, "result": str(result)}
         environment = os.environ | ENVIRONMENT
         environment["PATH"] = f"{Path(python).parent}:{environment['PATH']}"
         with open(log, "wb") as file:
@@ -83,8 +86,8 @@ class Bench:
                 [python, str(HERE / "vllm_process.py")], input=json.dumps(job).encode(),
                 stdout=file, stderr=file, env=environment, timeout=PROCESS_TIMEOUT_S, check=False,
             )  # fmt: skip
-        text = log.read_text(errors="replace")
-        assert done.returncode == 0 and result.exists(), text[-6000:]
+        self.text = log.read_text(errors="replace")
+        assert done.returncode == 0 and result.exists(), self.text[-6000:]
         out: list[dict[str, Any]] = json.loads(result.read_text())
         return out
 

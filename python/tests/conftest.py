@@ -29,3 +29,10 @@ def plain(bench: Bench) -> list[dict[str, Any]]:
         {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4, "reset": True},
     ]
     return bench.run(phases)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: Any) -> str:
+    from tiny_model import make
+
+    return str(make(tmp_path_factory.mktemp("model")))

@@ -2,7 +2,8 @@
 # run.sh [unit|vllm|ci|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
 #   unit   style, types, the binding against libucm.so, the wheel in an empty environment
 #   vllm   the connector under vLLM's schedulers, and real vLLM on the CPU (default version: 0.26.0)
-#   ci     vllm, of 0.26 everything; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both
+#   ci     vllm, of 0.26 everything; of 0.17 and 0.32 the schedulers, and blocks that 0.17 saved loaded by both;
+#          of 0.32 a hybrid model
 # UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there; for ci, UCM_TEST_VENVS=DIR has
 # one for each version, called vllm-VERSION.
 set -euo pipefail
@@ -78,8 +79,8 @@ ci() {
   local others=$work/others.log failed=0
   {
     tests "$old" python/tests/test_scheduling.py python/tests/test_namespace.py &&
-      tests "$new" python/tests/test_scheduling.py python/tests/test_namespace.py \
-        python/tests/test_storage_tier.py &&
+      tests "$new" python/tests/test_scheduling.py python/tests/test_groups.py python/tests/test_namespace.py \
+        python/tests/test_storage_tier.py python/tests/test_hybrid.py &&
       tests "$new" python/tests/test_vllm.py -k another_version &&
       tests "$main" python/tests/test_serve.py
   } >"$others" 2>&1 &

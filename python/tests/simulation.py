@@ -18,7 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -60,7 +65,8 @@ class Running:
     """The worker's view of a request."""
 
     tokens: list[int]
-    table: list[int]
+    tables: list[list[int]]
+    """Of each KV cache group."""
     prompt: int
     """Tokens of the prompt."""
 
@@ -97,11 +103,17 @@ class NoConverters:
 class Simulation:
     def __init__(
         self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False,
-        layerwise: bool = False,
+        layerwise: bool = False, window: int = 0,
     ) -> None:  # fmt: skip
+        """``window``: the second layer is in a group of its own, and sees so many tokens."""
         self.world = world
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.bfloat16)
+        self.window = window
+        page: dict[str, Any] = {"num_kv_heads": 1, "head_size": 2, "dtype": torch.bfloat16}
+        spec = FullAttentionSpec(block_size=BLOCK, **page)
         groups = [KVCacheGroupSpec(list(LAYERS), spec)]
+        if window:
+            slides = SlidingWindowSpec(block_size=BLOCK, sliding_window=window, **page)
+            groups = [KVCacheGroupSpec([LAYERS[0]], spec), KVCacheGroupSpec([LAYERS[1]], slides)]
         config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         vllm_config.cache_config.num_gpu_blocks = blocks
         vllm_config.cache_config.block_size = BLOCK
@@ -115,16 +127,20 @@ class Simulation:
             block_size=BLOCK,
             log_stats=True,
         )
-        self.memory = {name: torch.full((blocks, BLOCK), GARBAGE, dtype=torch.int64) for name in LAYERS}
+        # Groups share memory: a block belongs to one of them at a time.
+        every = [torch.full((blocks, BLOCK), GARBAGE, dtype=torch.int64) for _ in range(1 if window else 2)]
+        self.memory = {name: every[i % len(every)] for i, name in enumerate(LAYERS)}
         self.connector = UCMConnector(vllm_config, KVConnectorRole.WORKER, config)
-        layout = geometry.build(
-            self.memory, blocks, config.kv_cache_groups[0].kv_cache_spec.page_size_bytes * 2, LAYERS
-        )
-        slices = layout.slice_lengths[: len(layout.slice_lengths) // (len(LAYERS) if layerwise else 1)]
-        store = StandinStore(world, slices, shards=len(LAYERS) if layerwise else 1)
+        shape = self.connector._shape
+        layout = geometry.build(self.memory, blocks, spec.page_size_bytes * 2, shape.names, shape.groups)
+        batches = Batches(layout, layerwise=layerwise or shape.count > 1, columns=shape.count)
+        shards = len(LAYERS) if batches.layerwise else 1
+        slices = layout.slice_lengths[: len(layout.slice_lengths) // shards]
+        store = StandinStore(world, slices, shards=shards)
         self.connector._worker = worker.WorkerSide(
-            self.connector._config, Rank(0, 0, 1, True), layout, Batches(layout, layerwise=layerwise),
-            store, ComputeStream("cpu"), BLOCK, NoConverters(),
+            self.connector._config, Rank(0, 0, 1, True), layout, batches,
+            store, ComputeStream("cpu"), BLOCK, NoConverters(), layerwise=layerwise,
+            fails_requests=shape.windowed,
         )  # fmt: skip
         self.running: dict[str, Running] = {}
         self.pending: deque[tuple[Any, Any]] = deque()
@@ -207,7 +223,13 @@ class Simulation:
         if output.total_num_scheduled_tokens or late:
             connector.wait_for_save()
         report = KVConnectorOutput()
-        report.finished_sending, report.finished_recving = connector.get_finished(output.finished_req_ids)
+        if hasattr(report, "failed_recving"):
+            results = connector.get_transfer_results(output.finished_req_ids)
+            report.finished_sending, report.finished_recving, report.failed_recving = (
+                results.finished_sending, results.finished_recving, results.failed_recving,
+            )  # fmt: skip
+        else:
+            report.finished_sending, report.finished_recving = connector.get_finished(output.finished_req_ids)
         report.invalid_block_ids = connector.get_block_ids_with_load_errors()
         report.kv_connector_stats = connector.get_kv_connector_stats()
         if hasattr(report, "kv_connector_worker_meta"):
@@ -227,17 +249,19 @@ class Simulation:
         starts: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
             self.running[new.req_id] = Running(
-                list(new.prompt_token_ids), list(new.block_ids[0]), len(new.prompt_token_ids)
-            )
+                list(new.prompt_token_ids), [list(group) for group in new.block_ids],
+                len(new.prompt_token_ids),
+            )  # fmt: skip
             starts[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             state, blocks = self.running[name], cached.new_block_ids[i]
             if name in cached.resumed_req_ids:
-                state.table = list(blocks[0])
+                state.tables = [list(group) for group in blocks]
                 state.tokens = list(self.scheduler.requests[name].all_token_ids)
             elif blocks:
-                state.table += blocks[0]
+                for table, more in zip(state.tables, blocks, strict=True):
+                    table.extend(more)
             # Output of a step whose load failed was thrown away by the scheduler.
             del state.tokens[state.prompt + cached.num_output_tokens[i] :]
             starts[name] = cached.num_computed_tokens[i]
@@ -250,14 +274,20 @@ class Simulation:
         del state.tokens[max(start + count, len(state.tokens)) :]
         kv = 7
         for position in range(start + count):
-            block, offset = state.table[position // BLOCK], position % BLOCK
-            if position < start:
-                values = [int(self.memory[name][block, offset]) for name in LAYERS]
-                kv = values[0] if values[0] == values[1] else GARBAGE
-            else:
+            offset = position % BLOCK
+            places = [
+                self.memory[name][state.tables[i % len(state.tables)][position // BLOCK]]
+                for i, name in enumerate(LAYERS)
+            ]
+            if position >= start:
                 kv = mix(kv, state.tokens[position])
-                for name in LAYERS:
-                    self.memory[name][block, offset] = kv
+                for place in places:
+                    place[offset] = kv
+                continue
+            if self.window and position <= start - self.window:
+                places.pop()  # nobody looks there any more
+            values = {int(place[offset]) for place in places}
+            kv = values.pop() if len(values) == 1 else GARBAGE
         if start + count < len(state.tokens):
             return []
         state.tokens.append(sample(kv))

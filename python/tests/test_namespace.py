@@ -24,7 +24,8 @@ from vllm.v1 import kv_cache_interface as kv
 
 from ucm import Store
 from ucm.integration.vllm.config import parse
-from ucm.integration.vllm.geometry import GeometryError, group_shape
+from ucm.integration.vllm.geometry import GeometryError
+from ucm.integration.vllm.groups import group_shape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.namespace import NamespaceError, neighbours
 from ucm.integration.vllm.platform import find_namespace
@@ -39,11 +40,6 @@ EXTRAS = [
     "6a9819060f23f311",
 ]
 """Digests of a request's extra bytes; they may never change."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return str(make(tmp_path_factory.mktemp("model")))
 
 
 @functools.cache
@@ -175,17 +171,37 @@ def groups(*specs: Any) -> Any:
     return kv.KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=listed)
 
 
-def test_hybrid_models_are_refused() -> None:
-    """Several groups, and memory that is no block of tokens: refused at start, each by its kind."""
-    assert group_shape(groups(full())).part_bytes == 2 * 2 * BLOCK * 32 * 2
-    with pytest.raises(GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, SlidingWindowSpec\)"):
-        group_shape(groups(full(), window()))
-    with pytest.raises(GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, MambaSpec\)"):
-        group_shape(groups(full(), state()))
-    with pytest.raises(GeometryError, match=r"layers.0: KV memory of kind SlidingWindowSpec"):
-        group_shape(groups(window()))
+@pytest.mark.parametrize("able", [False, True])
+def test_groups_are_taken_or_refused_by_name(able: bool) -> None:
+    """Several groups, and windows, where vLLM can be told of a request whose load failed; never memory that
+    is no block of tokens, nor groups whose blocks have different numbers of tokens."""
+
+    def shape(*specs: Any) -> Any:
+        return group_shape(groups(*specs), can_fail_requests=able)
+
+    page = 2 * 2 * BLOCK * 32 * 2
+    one = shape(full())
+    assert (one.part_bytes, one.count, one.windowed) == (page, 1, False)
+    if able:
+        two = shape(full(), window())
+        assert (two.part_bytes, two.count, two.windowed) == (2 * page, 2, True)
+        assert two.groups == {"layers.0": 0, "layers.1": 1}
+        assert shape(window()).windowed
+        with pytest.raises(GeometryError, match=r"layers.1: KV memory of kind MambaSpec"):
+            shape(full(), state())
+        with pytest.raises(GeometryError, match=r"blocks of \[\d+, \d+\] tokens.*disable-hybrid"):
+            shape(full(), dataclasses.replace(window(), block_size=2 * BLOCK))
+    else:
+        with pytest.raises(
+            GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, SlidingWindowSpec\)"
+        ):
+            shape(full(), window())
+        with pytest.raises(GeometryError, match=r"2 KV cache groups \(FullAttentionSpec, MambaSpec\)"):
+            shape(full(), state())
+        with pytest.raises(GeometryError, match=r"layers.0: KV memory of kind SlidingWindowSpec"):
+            shape(window())
     with pytest.raises(GeometryError, match=r"layers.0: KV memory of kind MambaSpec"):
-        group_shape(groups(state()))
+        shape(state())
 
 
 def test_log_names_the_difference(model: str, tmp_path: Path) -> None:

@@ -13,19 +13,13 @@ pytest.importorskip("vllm")
 
 from simulation import BLOCK, Simulation, expected
 from standin import World
-from tiny_model import make
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from ucm.errors import Status
-from ucm.integration.vllm.metadata import CAN_REPORT
+from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, CAN_REPORT
 
 LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return str(make(tmp_path_factory.mktemp("model")))
 
 
 @functools.cache
@@ -69,16 +63,20 @@ def check(sim: Simulation, asked: dict[str, list[int]], count: int = 8) -> None:
 MODES = [(False, 1), (True, 2)]
 """Scheduler, and AsyncScheduler with one step scheduled ahead of the output."""
 
+WINDOWS = [0, 2 * BLOCK + 8] if CAN_FAIL_REQUESTS else [0]
+"""One KV cache group; and two, of which the second has a sliding window of so many tokens."""
 
+
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)
 @pytest.mark.parametrize("caching", [True, False])
 def test_second_server_loads_what_the_first_saved(
-    model: str, asynchronous: bool, depth: int, caching: bool
+    model: str, asynchronous: bool, depth: int, caching: bool, window: int
 ) -> None:
     """What one server saved another loads, and both say what a server without a store says."""
     world, asked = World(), prompts(16)
     for turn in range(2):
-        sim = Simulation(vllm_config(model, caching=caching), world, asynchronous=asynchronous)
+        sim = Simulation(vllm_config(model, caching=caching), world, asynchronous=asynchronous, window=window)
         loaded = world.loaded
         for name, prompt in asked.items():
             sim.add(name, prompt)
@@ -89,11 +87,12 @@ def test_second_server_loads_what_the_first_saved(
             assert world.loaded - loaded >= (full if not caching else full // 2)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)
-def test_preempted_and_resumed(model: str, asynchronous: bool, depth: int) -> None:
+def test_preempted_and_resumed(model: str, asynchronous: bool, depth: int, window: int) -> None:
     """In a tiny KV space requests are preempted and resumed, and every answer is right."""
     world, asked = World(), prompts(12, seed=3)
-    sim = Simulation(vllm_config(model), world, blocks=26, asynchronous=asynchronous)
+    sim = Simulation(vllm_config(model), world, blocks=26, asynchronous=asynchronous, window=window)
     for name, prompt in asked.items():
         sim.add(name, prompt, count=40)
     sim.run(steps=4000, depth=depth)
@@ -102,11 +101,12 @@ def test_preempted_and_resumed(model: str, asynchronous: bool, depth: int) -> No
     assert sim.preemptions
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)
-def test_failed_loads_are_computed(model: str, asynchronous: bool, depth: int) -> None:
+def test_failed_loads_are_computed(model: str, asynchronous: bool, depth: int, window: int) -> None:
     """Blocks that fail to load are computed, exactly those, and no request is lost or poisoned."""
     world, asked = World(), prompts(16, seed=5)
-    first = Simulation(vllm_config(model), world)
+    first = Simulation(vllm_config(model), world, window=window)
     for name, prompt in asked.items():
         first.add(name, prompt)
     first.run()
@@ -114,30 +114,32 @@ def test_failed_loads_are_computed(model: str, asynchronous: bool, depth: int) -
     keys = sorted(key for key, _ in world.blocks)
     for share in (0.1, 0.5, 1.0):
         world.fail_loads = set(rng.sample(keys, int(share * len(keys))))
-        sim = Simulation(vllm_config(model, caching=False), world, asynchronous=asynchronous)
+        sim = Simulation(vllm_config(model, caching=False), world, asynchronous=asynchronous, window=window)
         for name, prompt in asked.items():
             sim.add(name, prompt)
         sim.run(depth=depth)
         check(sim, asked)
-        assert any(report.invalid_block_ids for report in sim.reports)
+        failed = [report.failed_recving if window else report.invalid_block_ids for report in sim.reports]
+        assert any(failed)
     world.fail_loads = set()
-    last = Simulation(vllm_config(model), world)
+    last = Simulation(vllm_config(model), world, window=window)
     for name, prompt in asked.items():
         last.add(name, prompt)
     last.run()
     check(last, asked)  # nothing wrong was saved under a valid name
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)
 @pytest.mark.parametrize("moment", range(12))
-def test_abort_at_every_stage(model: str, asynchronous: bool, depth: int, moment: int) -> None:
+def test_abort_at_every_stage(model: str, asynchronous: bool, depth: int, moment: int, window: int) -> None:
     """Requests aborted after any number of steps, loads and copies in flight, release everything."""
     world, asked = World(), prompts(8, seed=7)
-    first = Simulation(vllm_config(model), world)
+    first = Simulation(vllm_config(model), world, window=window)
     for name, prompt in asked.items():
         first.add(name, prompt)
     first.run()
-    sim = Simulation(vllm_config(model, caching=False), world, asynchronous=asynchronous)
+    sim = Simulation(vllm_config(model, caching=False), world, asynchronous=asynchronous, window=window)
     for name, prompt in asked.items():
         sim.add(name, prompt)
     world.hold = moment % 2 == 0
@@ -157,12 +159,15 @@ def test_abort_at_every_stage(model: str, asynchronous: bool, depth: int, moment
     assert pool.get_num_free_blocks() == 63
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)
-def test_every_report_is_given_once(model: str, asynchronous: bool, depth: int) -> None:
+def test_every_report_is_given_once(model: str, asynchronous: bool, depth: int, window: int) -> None:
     """A load ends in finished_recving once; held memory is released once."""
     world, asked = World(), prompts(8, seed=9)
     for _ in range(2):
-        sim = Simulation(vllm_config(model, caching=False), world, asynchronous=asynchronous)
+        sim = Simulation(
+            vllm_config(model, caching=False), world, 200, asynchronous=asynchronous, window=window
+        )
         for name, prompt in asked.items():
             sim.add(name, prompt)
         sim.run(depth=depth)

@@ -1,4 +1,5 @@
-"""Makes a small Qwen2 model with random weights, for tests on a machine without a GPU.
+"""Makes a small Qwen2 model with random weights, for tests on a machine without a GPU; or a hybrid one, of
+layers with full attention and layers with a sliding window, as vLLM's Llama can have.
 
 The weights are spread widely enough that greedy output depends on every token of the KV cache, which
 vLLM's own dummy weights do not do. Run as ``python tiny_model.py DIRECTORY``; needs torch, safetensors
@@ -26,9 +27,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def config() -> dict[str, Any]:
-    """config.json."""
-    return {
+def config(window: int = 0) -> dict[str, Any]:
+    """config.json. ``window``: every layer but the last of four sees so many tokens."""
+    made = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_act": "silu",
@@ -48,6 +49,11 @@ def config() -> dict[str, Any]:
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
+    if window:
+        kinds = ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(LAYERS)]
+        made |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "qkv_bias": True}
+        made |= {"sliding_window": window, "layer_types": kinds}
+    return made
 
 
 def weights(seed: int) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def tokenizer() -> Any:
     return made
 
 
-def make(directory: str | Path, seed: int = 0) -> Path:
+def make(directory: str | Path, seed: int = 0, window: int = 0) -> Path:
     """Writes the model; does nothing where it is already."""
     from safetensors.torch import save_file
 
@@ -108,7 +114,7 @@ def make(directory: str | Path, seed: int = 0) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(path / "tokenizer.json"))
     texts = {
-        "config.json": config(),
+        "config.json": config(window),
         "generation_config.json": {"eos_token_id": 0, "pad_token_id": 0},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -223,7 +223,11 @@ def convert(layout: Layout, mine: str, saved: str, page: PageShape) -> Converted
         shapes = page_slices(mine, saved, page, distance)
         first = pieces[0]
         layers.append(
-            Layer(layer.name, tuple(Slice(first.base + s.offset, first.stride, s.length) for s in shapes))
+            Layer(
+                layer.name,
+                tuple(Slice(first.base + s.offset, first.stride, s.length) for s in shapes),
+                layer.group,
+            )
         )
         options += [shape.option() for shape in shapes]
     return Converted(Layout(tuple(layers), layout.block_count), options)

@@ -20,6 +20,9 @@ import numpy.typing as npt
 PAGE_BYTES: Final = 4096
 """Layer-wise shards are multiples of this."""
 
+NULL_BLOCK: Final = 0
+"""vLLM's block that holds nothing."""
+
 SLICES_PER_LAYER_MAX: Final = 256
 """More runs than this per layer and block would be a copy of crumbs."""
 
@@ -43,6 +46,8 @@ class Layer:
 
     name: str
     slices: tuple[Slice, ...]
+    group: int = 0
+    """Its KV cache group: groups number their blocks apart, in memory that they may share."""
 
     @property
     def length(self) -> int:
@@ -159,31 +164,37 @@ def _tensor_slices(name: str, tensor: Any, block_count: int) -> list[Slice]:
 
 
 def build(
-    kv_caches: Mapping[str, Any], block_count: int, expected_bytes: int, names: Iterable[str]
-) -> Layout:
+    kv_caches: Mapping[str, Any], block_count: int, expected_bytes: int, names: Iterable[str],
+    groups: Mapping[str, int] | None = None,
+) -> Layout:  # fmt: skip
     """The layout of what vLLM registered.
 
-    ``names`` are the layers of the one KV cache group, in any order; layers that share a tensor
-    with one before them add nothing. ``expected_bytes`` is what the scheduler side computed for a
-    block of this rank; another sum is refused, since the two sides would name different namespaces.
+    ``names`` are the layers of all KV cache groups, in any order, and ``groups`` says which group each is in
+    (absent: there is one); layers that share a tensor with one before them in their group add nothing.
+    ``expected_bytes`` is what the scheduler side computed for a block of this rank; another sum is refused,
+    since the two sides would name different namespaces.
     """
+    groups = groups or {}
     wanted = sorted(names, key=layer_order)
     missing = [name for name in wanted if name not in kv_caches]
     if missing:
         raise GeometryError(f"vLLM registered no KV memory for {', '.join(missing[:4])}")
     layers: list[Layer] = []
-    seen: dict[tuple[Slice, ...], str] = {}
+    seen: set[tuple[int, tuple[Slice, ...]]] = set()
     extra = sorted(set(kv_caches) - set(wanted), key=layer_order)
     for name in [*wanted, *extra]:
         entry = kv_caches[name]
         tensors = list(entry) if isinstance(entry, (tuple, list)) else [entry]
         slices = tuple(one for tensor in tensors for one in _tensor_slices(name, tensor, block_count))
-        if slices in seen:
+        group = groups.get(name, 0)
+        if (group, slices) in seen:
             continue  # this layer shares the memory of another
         if name in extra:
+            if any(slices == other for _, other in seen):
+                continue
             raise GeometryError(f"{name}: registered, but in no KV cache group")
-        seen[slices] = name
-        layers.append(Layer(name, slices))
+        seen.add((group, slices))
+        layers.append(Layer(name, slices, group))
     layout = Layout(tuple(layers), block_count, _kernel_blocks(kv_caches, block_count))
     if layout.part_bytes != expected_bytes:
         raise GeometryError(
@@ -207,58 +218,9 @@ def _kernel_blocks(kv_caches: Mapping[str, Any], block_count: int) -> int:
 
 
 def _refuse_overlap(layout: Layout) -> None:
-    runs = sorted((one.base, one.length, layer.name) for layer in layout.layers for one in layer.slices)
-    for (base, length, name), (following, _, other) in itertools.pairwise(runs):
-        if base + length > following:
+    runs = sorted(
+        (layer.group, one.base, one.length, layer.name) for layer in layout.layers for one in layer.slices
+    )
+    for (group, base, length, name), (next_group, following, _, other) in itertools.pairwise(runs):
+        if group == next_group and base + length > following:
             raise GeometryError(f"block 0 of {name} and of {other} overlap in memory")
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """What the KV cache configuration says before any tensor exists; both sides compute it."""
-
-    names: tuple[str, ...]
-    block_tokens: int
-    part_bytes: int
-    block_count: int
-    page: tuple[int, int, int] | None
-    """KV heads, head size and bytes of an element of this rank, where all layers have the same."""
-
-
-REFUSED_SPECS: Final = (
-    "SlidingWindow", "ChunkedLocal", "Mamba", "Encoder", "Cross", "HiSparse", "CircularBuffer",
-    "RSWA", "TQ",
-)  # fmt: skip
-
-
-def group_shape(kv_cache_config: Any) -> GroupShape:
-    """The one KV cache group of the model; several groups are refused."""
-    groups = list(kv_cache_config.kv_cache_groups)
-    if len(groups) != 1:
-        kinds = ", ".join(type(g.kv_cache_spec).__name__ for g in groups)
-        raise GeometryError(
-            f"the model has {len(groups)} KV cache groups ({kinds}); this connector transfers models "
-            "with one group. Where vLLM can treat all layers alike, "
-            "--disable-hybrid-kv-cache-manager makes one of them"
-        )
-    spec = groups[0].kv_cache_spec
-    names = tuple(groups[0].layer_names)
-    layer_specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(names, spec)
-    total = 0
-    for name in names:
-        one = layer_specs[name]
-        kind = type(one).__name__
-        if kind.startswith(REFUSED_SPECS):
-            raise GeometryError(f"{name}: KV memory of kind {kind} is not supported")
-        real = int(getattr(one, "real_page_size_bytes", one.page_size_bytes))
-        total += real
-    pages = {_page_of(layer_specs[name]) for name in names}
-    page = pages.pop() if len(pages) == 1 else None
-    return GroupShape(names, int(spec.block_size), total, int(kv_cache_config.num_blocks), page)
-
-
-def _page_of(spec: Any) -> tuple[int, int, int] | None:
-    try:
-        return int(spec.num_kv_heads), int(spec.head_size), int(spec.dtype.itemsize)
-    except AttributeError:
-        return None

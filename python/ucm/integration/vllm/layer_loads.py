@@ -101,8 +101,8 @@ class StepLoad:
         self.reason = ""
         self._holds = holds
         ids = block_ids(b"".join(one.ids for one in transfers))
-        slots = np.array([slot for one in transfers for slot in one.slots], dtype=np.int64)
-        self.good = np.ones(len(slots), dtype=bool)
+        slots = [slot for one in transfers for slot in one.slots]
+        self.good = np.ones(len(ids), dtype=bool)
         """For each block whether all of its layers that were waited for are right."""
         self._waiting: dict[int, Any] = {}
         """The tasks of layers that nobody has waited for."""

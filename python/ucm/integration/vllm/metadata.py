@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.v1.core.sched import output
 
 WorkerMetadataBase: Any = getattr(base, "KVConnectorWorkerMetadata", object)
 """Missing before 0.18: there nothing but finished transfers travels back."""
@@ -28,7 +29,7 @@ class Transfer:
     ids: bytes
     """16 bytes per block, joined."""
     slots: list[int]
-    """vLLM's block number for each."""
+    """vLLM's block number for each, of every KV cache group in turn; ``NULL_BLOCK``: not needed there."""
     sources: bytes = b""
     """For each block of a load the byte order to read, see ``siblings.py``; empty: this server's own."""
     hold: int = NO_HOLD
@@ -69,6 +70,14 @@ class StepMetadata(KVConnectorMetadata):
 CAN_REPORT: Final = WorkerMetadataBase is not object
 """Whether a report reaches the scheduler side."""
 
+TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
+CAN_FAIL_REQUESTS: Final = TransferResults is not None and hasattr(output, "KVConnectorBlockState")
+"""Whether vLLM takes load failures by request and shows its block tables, as models with several KV cache
+groups need. 0.26 does not, 0.32 does."""
+
+Groups: Any = base.SupportsHMA if CAN_FAIL_REQUESTS else object
+"""The base class that tells vLLM that a connector takes several KV cache groups."""
+
 
 @dataclass
 class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
@@ -81,6 +90,9 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
     holds: dict[int, int] = field(default_factory=dict)
     """Of each hold that has ended, and was neither loaded nor released, how many blocks from its first are in
     memory; or ``REFUSED``."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Of each request whose load failed, where block numbers do not say it, how many blocks from its first
+    are good."""
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """The report of several ranks: the slowest counts, and the one that holds least."""
@@ -89,4 +101,8 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
             min(self.copied_step, other.copied_step),
             min(self.step, other.step),
             {number: min(self.holds[number], other.holds[number]) for number in both},
+            {
+                request: min(report.failed[request] for report in (self, other) if request in report.failed)
+                for request in self.failed.keys() | other.failed.keys()
+            },
         )

@@ -21,8 +21,8 @@ class RequestState:
         self.request = request
         self.chain = chain
         self.wait = wait
-        self.table: list[int] = []
-        """vLLM's block numbers, as far as they were scheduled."""
+        self.table: list[list[int]] = []
+        """vLLM's block numbers of each KV cache group, as far as they were scheduled."""
         self.saved = 0
         """Blocks before this one are saved, or were handed to the worker to save."""
         self.save_step = 0
@@ -37,7 +37,7 @@ class RequestState:
         """Blocks from this one on failed to load and are not asked for again."""
         self.load_first = 0
         self.load_slots: list[int] | None = None
-        """The blocks of the load that is under way."""
+        """The blocks of the load that is under way, of every group in turn."""
         self.in_step = False
         """Whether that load is part of a step; else vLLM keeps the request waiting for it."""
         self.held: Held | None = None
@@ -47,3 +47,8 @@ class RequestState:
         self.told = False
         self.frozen = False
         """The weights changed while it ran: it neither loads nor saves."""
+
+    def cap_at(self, block: int) -> None:
+        """Loading failed at this block: what failed once is computed, asking again could fail for ever."""
+        self.cap = block if self.cap is None else min(self.cap, block)
+        self.saved = min(self.saved, block)

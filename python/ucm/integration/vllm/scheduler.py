@@ -9,21 +9,22 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.config import ConnectorConfig, Handoff
+from ucm.integration.vllm.geometry import NULL_BLOCK
+from ucm.integration.vllm.groups import GroupShape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.holds import Holds
 from ucm.integration.vllm.metadata import CAN_REPORT, StepMetadata, Transfer
 from ucm.integration.vllm.namespace import Namespace
+from ucm.integration.vllm.pins import Pins
 from ucm.integration.vllm.request_state import RequestState
 from ucm.integration.vllm.siblings import Siblings
 from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
-
-NULL_BLOCK: Final = 0
-"""vLLM's block that holds nothing."""
 
 EPOCH_BYTES: Final = 16
 
@@ -41,7 +42,7 @@ class SchedulerSide:
         config: ConnectorConfig,
         namespace: Namespace,
         store: Any,
-        block_tokens: int,
+        shape: GroupShape,
         *,
         siblings: Siblings,
         loads: bool,
@@ -52,7 +53,9 @@ class SchedulerSide:
         self._namespace = namespace
         self._store = store
         self._siblings = siblings
-        self._block_tokens = block_tokens
+        self._block_tokens = shape.block_tokens
+        self._windowed = shape.windowed
+        self._pins = Pins()
         self._loads = loads
         self._saves = saves
         self._writer = writer
@@ -64,7 +67,12 @@ class SchedulerSide:
         self._copied_step = 0
         self._holds = Holds(config.timeout_ms)
         self._loads_in_step = (
-            config.use_layerwise and config.has_cache and CAN_REPORT and config.handoff is Handoff.PROMISE
+            config.use_layerwise
+            and config.has_cache
+            and CAN_REPORT
+            and config.handoff is Handoff.PROMISE
+            # Of a request that runs, a failure in one of several groups cannot be reported.
+            and not shape.windowed
         )
         self._doubtful_step = 0
         """The last step that loads blocks in itself."""
@@ -228,11 +236,10 @@ class SchedulerSide:
                 self._release(unused)
             return
         state = self._requests[request.request_id]
-        table = list(blocks.get_block_ids()[0])
+        table = blocks.get_block_ids()
         first, _ = state.lookup_key
         count = external_tokens // self._block_tokens
-        slots = table[first : first + count]
-        assert len(slots) == count, (len(table), first, count)
+        slots = _rows(table, range(first, first + count))
         ids = state.chain.upto(request, first + count)[first:]
         state.load_first, state.load_slots = first, slots
         state.lookup_key = (-1, -1)
@@ -261,28 +268,33 @@ class SchedulerSide:
                 state.table = []
                 state.load_slots = None
         scheduled = scheduler_output.num_scheduled_tokens
+        current = scheduler_output.kv_connector_block_state if self._windowed else None
         for new in scheduler_output.scheduled_new_reqs:
-            self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, scheduled)
+            self._advance(step, new.req_id, new.block_ids, True, new.num_computed_tokens, scheduled, current)
         cached = scheduler_output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             self._advance(
                 step, request_id, cached.new_block_ids[i], request_id in cached.resumed_req_ids,
-                cached.num_computed_tokens[i], scheduled,
+                cached.num_computed_tokens[i], scheduled, current,
             )  # fmt: skip
         return step
 
+    def bind(self, pool: Any) -> None:
+        """vLLM's blocks."""
+        self._pins.bind(pool)
+
     def _advance(
         self, step: StepMetadata, request_id: str, block_ids: Any, replace: bool, computed: int,
-        scheduled: dict[str, int],
+        scheduled: dict[str, int], current: Any,
     ) -> None:  # fmt: skip
         state = self._requests.get(request_id)
         if state is None:
             return
-        new = list(block_ids[0]) if block_ids else []
         if replace:
-            state.table = new
-        else:
-            state.table.extend(new)
+            state.table = [list(group) for group in block_ids]
+        elif block_ids:
+            for group, new in zip(state.table, block_ids, strict=True):
+                group.extend(new)
         if not self._saves or self._is_short(state.request):
             return
         if self._doubtful_step > self._seen_step:
@@ -292,27 +304,37 @@ class SchedulerSide:
         tokens = min(computed + scheduled[request_id], state.request.num_tokens)
         if not self._config.save_decode_blocks:
             tokens = min(tokens, state.request.num_prompt_tokens)
-        transfer = self._transfer(state, tokens // self._block_tokens, state.table)
+        full = tokens // self._block_tokens
+        if current is not None and full > state.saved:
+            # Blocks that left a window are somebody else's by now.
+            state.table = [list(group) for group in current.get_block_ids(request_id)]
+        transfer = self._transfer(state, full, state.table)
         if transfer is None:
             return
+        if self._windowed:
+            self._pins.pin(step.number, transfer.slots)
         step.saves.append(transfer)
         state.save_step = step.number
         if self._config.handoff is Handoff.BLOCKING and tokens >= state.request.num_prompt_tokens:
             step.blocking.append(request_id)
 
-    def _transfer(self, state: RequestState, full: int, table: list[int]) -> Transfer | None:
+    def _transfer(self, state: RequestState, full: int, table: list[list[int]]) -> Transfer | None:
         """The save of all blocks up to ``full`` that are not yet saved and not in the store."""
-        full = min(full, len(table))
+        full = min(full, *map(len, table))
         first = state.saved
         if full <= first or state.frozen:
             return None
         state.saved = full
         ids = state.chain.upto(state.request, full)[first:]
         present = self._store.lookup(ids)
-        wanted = [i for i in range(full - first) if not present[i] and table[first + i] != NULL_BLOCK]
+        wanted = [
+            i for i in range(full - first)
+            if not present[i] and all(group[first + i] != NULL_BLOCK for group in table)
+        ]  # fmt: skip
         if not wanted:
             return None
-        return Transfer(state.request.request_id, ids[wanted].tobytes(), [table[first + i] for i in wanted])
+        slots = _rows(table, [first + i for i in wanted])
+        return Transfer(state.request.request_id, ids[wanted].tobytes(), slots)
 
     # -- the end of requests --------------------------------------------------------------------
 
@@ -322,6 +344,11 @@ class SchedulerSide:
         if report is not None:
             self._copied_step, self._seen_step = report.copied_step, report.step
             self._holds.answered(report.holds)
+            self._pins.release(report.copied_step)
+            for request_id, good in report.failed.items():
+                failed = self._requests.get(request_id)
+                if failed is not None:
+                    failed.cap_at(failed.load_first + good)
         invalid = output.invalid_block_ids or ()
         if invalid:
             for state in self._requests.values():
@@ -335,11 +362,9 @@ class SchedulerSide:
     def _failed(state: RequestState, invalid: Any) -> None:
         bad = [i for i, slot in enumerate(state.load_slots or ()) if slot in invalid]
         if bad:
-            # What failed once is computed; asking again could fail for ever.
-            state.cap = state.load_first + bad[0]
-            state.saved = min(state.saved, state.cap)
+            state.cap_at(state.load_first + bad[0])
 
-    def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any, block_ids: list[list[int]]) -> tuple[bool, dict[str, Any] | None]:
         """A request is over: whether its memory must stay, and what the answer announces."""
         state = self._requests.pop(request.request_id, None)
         if state is None:
@@ -357,7 +382,7 @@ class SchedulerSide:
             self._step.held.append(request.request_id)
         return held, params
 
-    def _save_rest(self, state: RequestState, block_ids: list[int]) -> None:
+    def _save_rest(self, state: RequestState, block_ids: list[list[int]]) -> None:
         """Blocks whose last token was confirmed only by the output that ended the request."""
         if not state.table or self._is_short(state.request):
             return
@@ -365,7 +390,7 @@ class SchedulerSide:
         if not self._config.save_decode_blocks:
             tokens = min(tokens, state.request.num_prompt_tokens)
         full = tokens // self._block_tokens
-        transfer = self._transfer(state, full, list(block_ids))
+        transfer = self._transfer(state, full, block_ids)
         if transfer is not None:
             self._step.late.append(transfer)
             state.save_step = self._step.number
@@ -408,3 +433,8 @@ class SchedulerSide:
         """Closes the store."""
         self._siblings.close()
         self._store.close()
+
+
+def _rows(table: Sequence[Sequence[int]], blocks: Iterable[int]) -> list[int]:
+    """The numbers of some blocks, of every group in turn."""
+    return [group[block] for block in blocks for group in table]

@@ -73,17 +73,24 @@ def open_transfer(
 
 
 def open_converting(
-    config: ConnectorConfig, namespace: Namespace, converted: Converted, rank: Rank, device: Any
-) -> Store:
+    config: ConnectorConfig, namespace: Namespace, converted: Converted, rank: Rank, device: Any,
+    *, layerwise: bool,
+) -> Store:  # fmt: skip
     """A worker's store for blocks that were saved in the namespace's byte order, not in its own.
 
     It stages and keeps nothing: a block that was read is saved again in this server's own order.
     """
-    part_bytes = converted.layout.part_bytes
+    layout, shapes = converted.layout, converted.shapes
+    part_bytes = shard_bytes = layout.part_bytes
+    if layerwise:
+        shard_bytes = layout.layers[0].length
+        shapes = shapes[: len(layout.layers[0].slices)]
+        if shapes * len(layout.layers) != converted.shapes:
+            raise ValueError("the layers' pages differ, and blocks in another byte order are not read")
     values = _transfer_values(part_bytes, rank, device)
     values |= {
-        "tensor_shape_list": converted.shapes,
-        "shard_size": part_bytes,
+        "tensor_shape_list": shapes,
+        "shard_size": shard_bytes,
         "store_pipeline": "Posix",
         "cache_buffer_capacity_gb": max(STAGED_BLOCKS * part_bytes, STAGED_BYTES_MIN) / (1 << 30),
     }

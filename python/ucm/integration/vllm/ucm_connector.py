@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from ucm.integration.vllm.config import ConnectorConfig
 from ucm.integration.vllm.config import load as load_config
-from ucm.integration.vllm.metadata import StepMetadata
+from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, Groups, StepMetadata, TransferResults
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 
 if TYPE_CHECKING:
@@ -58,19 +58,19 @@ def _set_failure_policy(vllm_config: Any, config: ConnectorConfig) -> None:
         )
 
 
-class UCMConnector(KVConnectorBase_V1):
+class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
     """Saves KV blocks to UCM's store and loads them from it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        from ucm.integration.vllm.geometry import group_shape
+        from ucm.integration.vllm.groups import group_shape
         from ucm.integration.vllm.platform import find_namespace
 
         transfer = self._kv_transfer_config
         self._config = dataclasses.replace(
             load_config(transfer.kv_connector_extra_config), instance=str(transfer.engine_id or "")
         )
-        self._shape = group_shape(kv_cache_config)
+        self._shape = group_shape(kv_cache_config, can_fail_requests=CAN_FAIL_REQUESTS)
         self._namespace: Namespace = find_namespace(vllm_config, self._config, self._shape.block_tokens)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -93,7 +93,7 @@ class UCMConnector(KVConnectorBase_V1):
             self._config,
             self._namespace,
             store,
-            self._shape.block_tokens,
+            self._shape,
             siblings=self._siblings(),
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
@@ -142,23 +142,29 @@ class UCMConnector(KVConnectorBase_V1):
         from ucm.integration.vllm.worker import WorkerSide
 
         shape = self._shape
-        layout = geometry.build(kv_caches, shape.block_count, shape.part_bytes, shape.names)
+        layout = geometry.build(kv_caches, shape.block_count, shape.part_bytes, shape.names, shape.groups)
         rank = _rank(
             self._vllm_config, int(get_tensor_model_parallel_rank()), int(get_pp_group().rank_in_group)
         )
         first = next(iter(kv_caches.values()))
         device = (first[0] if isinstance(first, (tuple, list)) else first).device
         layerwise = self._layerwise(layout)
-        store = open_transfer(self._config, self._namespace, layout, rank, device, layerwise=layerwise)
-        batches = Batches(layout, layerwise=layerwise)
-        stream = ComputeStream(device.type)
-        converters = Converters(self._config, self._namespace, layout, rank, device, self._page(layout, rank))
-        self._worker = WorkerSide(
-            self._config, rank, layout, batches, store, stream, shape.block_tokens, converters
+        batches = Batches(layout, layerwise=layerwise or shape.count > 1, columns=shape.count)
+        store = open_transfer(
+            self._config, self._namespace, layout, rank, device, layerwise=batches.layerwise
         )
+        stream = ComputeStream(device.type)
+        converters = Converters(
+            self._config, self._namespace, layout, rank, device, self._page(layout, rank),
+            columns=shape.count,
+        )  # fmt: skip
+        self._worker = WorkerSide(
+            self._config, rank, layout, batches, store, stream, shape.block_tokens, converters,
+            layerwise=layerwise, fails_requests=shape.windowed,
+        )  # fmt: skip
         logger.info(
-            "UCM worker: rank %d, part %d of %d, %d layers, %d bytes a block",
-            rank.index, rank.part, rank.part_count, len(layout.layers), layout.part_bytes,
+            "UCM worker: rank %d, part %d of %d, %d layers, %d bytes a block, KV cache groups: %d",
+            rank.index, rank.part, rank.part_count, len(layout.layers), layout.part_bytes, shape.count,
         )  # fmt: skip
 
     def _page(self, layout: Layout, rank: Rank) -> PageShape | None:
@@ -182,10 +188,17 @@ class UCMConnector(KVConnectorBase_V1):
         return PageShape(shape.block_tokens, *shape.page)
 
     def _layerwise(self, layout: Layout) -> bool:
+        from ucm.integration.vllm.groups import ONE_GROUP
+
         """Whether saves go layer by layer: asked for, and possible."""
+        obstacle = layout.layerwise_obstacle()
+        if obstacle and self._shape.count > 1:
+            raise ValueError(
+                f"the model has {self._shape.count} KV cache groups, of which each is loaded by itself, and "
+                f"{obstacle}; {ONE_GROUP}"
+            )
         if not self._config.use_layerwise:
             return False
-        obstacle = layout.layerwise_obstacle()
         if getattr(self._vllm_config.parallel_config, "enable_dbo", False):
             obstacle = "with --enable-dbo a layer is computed in two halves"
         if obstacle:
@@ -232,6 +245,11 @@ class UCMConnector(KVConnectorBase_V1):
             return None, None
         return self._worker.finished()
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        sent, received = self.get_finished(finished_req_ids)
+        failed = self._worker.failed_requests() if self._worker is not None else set()
+        return TransferResults(sent or set(), received or set(), failed)
+
     def build_connector_worker_meta(self) -> Any:
         return self._worker.report() if self._worker is not None else None
 
@@ -252,6 +270,10 @@ class UCMConnector(KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         # A dropped save is a future miss; a promise that is not kept ends with the wait for it.
         return False
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.bind(gpu_block_pool)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
@@ -275,7 +297,13 @@ class UCMConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request, block_ids)
+        return self._scheduler.finished(request, [block_ids])
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.finished(request, list(block_ids))
 
     def reset_cache(self) -> bool | None:
         assert self._scheduler is not None

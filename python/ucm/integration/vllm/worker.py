@@ -40,12 +40,14 @@ LOCAL: Final[WeakSet[WorkerSide]] = WeakSet()
 class LoadJob:
     """The load of one request."""
 
-    __slots__ = ("parts", "started", "transfer")
+    __slots__ = ("good", "parts", "started", "transfer")
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(self, transfer: Transfer, blocks: int) -> None:
         self.transfer = transfer
+        self.good = np.ones(blocks, dtype=bool)
+        """For each block whether nothing of it failed or was refused."""
         self.parts: list[tuple[Any, npt.NDArray[np.intp]]] = []
-        """Tasks, and which of the blocks each loads; blocks in no task were refused."""
+        """Tasks, and for each of their entries the block."""
         self.started = time.monotonic()
 
 
@@ -57,7 +59,7 @@ class SaveJob:
     def __init__(self, transfers: list[Transfer], step: int) -> None:
         self.requests = {transfer.request for transfer in transfers}
         self.ids = block_ids(b"".join(transfer.ids for transfer in transfers))
-        self.slots = np.array([slot for t in transfers for slot in t.slots], dtype=np.int64)
+        self.slots = [slot for t in transfers for slot in t.slots]
         self.step = step
         self.tasks: list[Any] = []
         self.layers: set[int] = set()
@@ -72,7 +74,8 @@ class WorkerSide:
 
     def __init__(
         self, config: ConnectorConfig, rank: Rank, layout: Layout, batches: Batches, store: Any,
-        stream: ComputeStream, block_tokens: int, converters: Converters,
+        stream: ComputeStream, block_tokens: int, converters: Converters, *, layerwise: bool,
+        fails_requests: bool = False,
     ) -> None:  # fmt: skip
         self._config = config
         self._rank = rank
@@ -83,7 +86,11 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._part_bytes = layout.part_bytes
         self._loads: list[LoadJob] = []
-        self._holds = WorkerHolds(store, possible=batches.layerwise)
+        self._layerwise = layerwise
+        """Whether saves go layer by layer, and loads in steps."""
+        self._fails_requests = fails_requests
+        """Whether load failures are reported by request, not by block."""
+        self._holds = WorkerHolds(store, possible=layerwise)
         self._step_load: StepLoad | None = None
         """The load inside the running step."""
         self._copying: list[StepLoad] = []
@@ -98,6 +105,8 @@ class WorkerSide:
         self._submitted_step = 0
         """The saves of steps up to this one were submitted."""
         self._invalid: set[int] = set()
+        self._failed: dict[str, int] = {}
+        """Requests whose load failed, and how many of their blocks are good."""
         self.stats = UcmStats()
         LOCAL.add(self)
 
@@ -141,43 +150,49 @@ class WorkerSide:
             load.wait_all(self._stream)
             first = 0
             for transfer in load.transfers:
-                end = first + len(transfer.slots)
+                end = first + len(block_ids(transfer.ids))
                 self._account(transfer, load.good[first:end], load.started, load.reason)
                 first = end
             self._copying.append(load)
         self._copying = [one for one in self._copying if not one.is_over()]
 
     def _load(self, transfer: Transfer) -> None:
-        job = LoadJob(transfer)
-        count = len(transfer.slots)
-        sources = np.frombuffer(transfer.sources or bytes(count), dtype=np.uint8)
-        ids, slots = block_ids(transfer.ids), np.array(transfer.slots)
+        ids, slots = block_ids(transfer.ids), self._batches.rows(transfer.slots)
+        job = LoadJob(transfer, len(ids))
+        sources = np.frombuffer(transfer.sources or bytes(len(ids)), dtype=np.uint8)
         for source in np.unique(sources):
             index = np.flatnonzero(sources == source)
             try:
-                task = self._load_from(int(source), ids[index], slots[index])
+                job.parts += [
+                    (task, index[owners])
+                    for task, owners in self._load_from(int(source), ids[index], slots[index])
+                ]
             except (UcmError, ValueError) as error:
                 logger.warning("load of %s was refused: %s", transfer.request, error)
-                continue
-            job.parts.append((task, index))
+                job.good[index] = False
         self.stats.add("loads")
         self._loads.append(job)
 
-    def _load_from(self, source: int, ids: Any, slots: Any) -> Any:
+    def _load_from(self, source: int, ids: Any, slots: Any) -> list[tuple[Any, npt.NDArray[np.intp]]]:
+        """The task, and for each of its entries which of the blocks it is a piece of; none where nothing of
+        these blocks is needed."""
+        store, batches = self._store, self._batches
+        if source != OWN:
+            store, batches = self._converters.of(source)
+            self.stats.add("converted_blocks", len(ids))
+        entries, owners = batches.needed(ids, slots)
+        if not len(owners):
+            return []
         # The load may only overwrite memory that the compute stream no longer uses.
         event = self._stream.record()
-        if source != OWN:
-            store, table = self._converters.of(source)
-            self.stats.add("converted_blocks", len(ids))
-            return store.load(ids, table.matrix(slots), event=event)
-        entries = self._batches.whole(ids, slots)
-        return self._store.load(entries.ids, entries.addresses, shards=entries.shards, event=event)
+        task = store.load(entries.ids, entries.addresses, shards=entries.shards, event=event)
+        return [(task, owners)]
 
     def save_layer(self, name: str) -> None:
         """A layer of the running step is computed."""
         job = self._current
         number = self._batches.layers.get(name)
-        if job is None or not self._batches.layerwise or number is None or number in job.layers:
+        if job is None or not self._layerwise or number is None or number in job.layers:
             return
         job.layers.add(number)
         self._submit(job, self._batches.layer(number, job.ids, job.slots))
@@ -265,23 +280,25 @@ class WorkerSide:
         return received
 
     def _account_load(self, job: LoadJob) -> None:
-        good = np.zeros(len(job.transfer.slots), dtype=bool)
-        for task, index in job.parts:
-            good[index] = self._good(task, len(index))
-        reason = next((task.error() for task, i in job.parts if not good[i].all()), "refused")
-        self._account(job.transfer, good, job.started, reason)
+        for task, owners in job.parts:
+            job.good[owners[~self._good(task, len(owners))]] = False
+        reason = next((task.error() for task, i in job.parts if not job.good[i].all()), "refused")
+        self._account(job.transfer, job.good, job.started, reason)
 
     def _account(self, transfer: Transfer, good: npt.NDArray[np.bool_], started: float, reason: str) -> None:
-        slots = transfer.slots
+        count = len(good)
         if not good.all():
             logger.warning(
                 "request %s: %d of %d blocks could not be loaded and are computed: %s",
-                transfer.request, int((~good).sum()), len(slots), reason,
+                transfer.request, int((~good).sum()), count, reason,
             )  # fmt: skip
         bad = np.flatnonzero(~good)
-        self._invalid.update(slots[i] for i in bad)
         loaded = int(good.sum())
-        useful = int(bad[0]) if len(bad) else len(slots)
+        useful = int(bad[0]) if len(bad) else count
+        if len(bad) and self._fails_requests:
+            self._failed[transfer.request] = useful
+        else:
+            self._invalid.update(transfer.slots[i] for i in bad)
         self.stats.add("load_seconds", time.monotonic() - started)
         self.stats.add("loaded_blocks", loaded)
         self.stats.add("loaded_bytes", loaded * self._part_bytes)
@@ -336,7 +353,12 @@ class WorkerSide:
         """How far the copies are. Every rank reports in every step, so that the slowest counts."""
         pending = [job.step for job in self._saves if not job.copied]
         copied = min(pending) - 1 if pending else self._submitted_step
-        return WorkerReport(copied, self._step, self._holds.report(self.stats))
+        failed, self._failed = self._failed, {}
+        return WorkerReport(copied, self._step, self._holds.report(self.stats), failed)
+
+    def failed_requests(self) -> set[str]:
+        """Requests whose load failed since the last report."""
+        return set(self._failed)
 
     def take_invalid(self) -> set[int]:
         """Blocks that failed to load since the last call."""
