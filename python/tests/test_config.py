@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ucm.integration.vllm.config import ConfigError, Handoff, load
+from ucm.integration.vllm.geometry import Layer, Layout, Slice
 from ucm.integration.vllm.namespace import Namespace, differences, model_fingerprint
 from ucm.integration.vllm.order import CPU_VEC_PACKED, CPU_VEC_SPLIT, Platform, order_name
 from ucm.integration.vllm.rank import rank_of
+from ucm.integration.vllm.stores import open_transfer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ucm_config_example.yaml"
 
@@ -130,3 +134,22 @@ def test_orders() -> None:
     for other in ({"isa": "amx"}, {"family": "mla"}, {"kv_dtype": "fp8_e4m3"}):
         assert order_name(platform(**other)).startswith("private-cpu")
     assert order_name(platform(isa="amx")) != order_name(platform(isa="amx", vllm=(0, 32)))
+
+
+@pytest.mark.parametrize(("keys", "arena_mib"), [("", 64), ("local_rank_size: 2", 128)])
+def test_ranks_of_a_host_divide_its_memory(tmp_path: Path, keys: str, arena_mib: int) -> None:
+    """share_buffer_enable divides the capacity by the ranks that vLLM's configuration says, or by what the
+    file says."""
+    text = (
+        "ucm_connectors: [{ucm_connector_config: {store_pipeline: Cache|Posix, storage_backends: "
+        f"{tmp_path}, cache_buffer_capacity_gb: 0.25, share_buffer_enable: true, {keys} }}}}]"
+    )
+    path = tmp_path / "ucm.yaml"
+    path.write_text(text)
+    layout = Layout((Layer("l", (Slice(0, 4096, 4096),)),), 8)
+    namespace = Namespace({"model": "m", "kv_dtype": "bfloat16", "block_size": "16"}, CPU_VEC_PACKED)
+    rank = dataclasses.replace(rank_of(1, 4, 4, shared=False), local_ranks=4)
+    config = load({"UCM_CONFIG_FILE": str(path)})
+    device = SimpleNamespace(type="cpu", index=None)
+    with open_transfer(config, namespace, layout, rank, device, layerwise=False) as store:
+        assert f"ucm_arena_bytes {arena_mib << 20}\n" in store.metrics(), store.metrics()

@@ -67,6 +67,8 @@ class ConnectorConfig:
     """A key of the engine. How often a waiting request looks again."""
     timeout_ms: int = 30_000
     """A key of the engine. Deadline of each transfer."""
+    local_rank_size: int = 0
+    """A key of the engine. Ranks of this host; 0: as many as vLLM's configuration says."""
     has_cache: bool = True
     """Not a key: whether blocks can be held in DRAM."""
 
@@ -75,7 +77,7 @@ class ConfigError(ValueError):
     """The file cannot be used; the text names the key and what is allowed."""
 
 
-ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms", "timeout_ms")
+ENGINE_KEYS: Final = ("model_id", "namespace_extra", "lookup_refresh_ms", "timeout_ms", "local_rank_size")
 """Keys of the engine's mapping that the connector has to know too."""
 
 _TOP_KEYS: Final = tuple(

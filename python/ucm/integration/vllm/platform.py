@@ -135,6 +135,18 @@ def refuse_unsafe(vllm_config: Any) -> None:
             )
 
 
+def local_ranks(vllm_config: Any) -> int:
+    """Ranks that share this host and its memory, those of other data-parallel engines included."""
+    parallel = vllm_config.parallel_config
+    ranks = int(parallel.local_world_size) * max(1, int(parallel.data_parallel_size_local))
+    if str(parallel.distributed_executor_backend) == "ray":
+        import torch
+
+        # Ray places ranks on hosts that the configuration does not name: no more than there are devices.
+        ranks = min(ranks, max(1, torch.accelerator.device_count()))
+    return ranks
+
+
 def layers_of(vllm_config: Any, stage: int) -> int:
     """Layers of a pipeline stage."""
     from vllm.distributed.utils import get_pp_indices

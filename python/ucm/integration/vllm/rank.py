@@ -20,6 +20,8 @@ class Rank:
     """Parts of a block."""
     saves: bool
     """Whether it saves its part: of ranks that hold the same, one does."""
+    local_ranks: int = 1
+    """Ranks of this host, which divide its memory."""
 
 
 def rank_of(

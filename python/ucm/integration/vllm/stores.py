@@ -48,7 +48,7 @@ def open_lookup(config: ConnectorConfig, namespace: Namespace, part_bytes: int, 
     return Store(_options(config, namespace, values))
 
 
-def _transfer_values(part_bytes: int, rank: Rank, device: Any) -> dict[str, Any]:
+def _transfer_values(config: ConnectorConfig, part_bytes: int, rank: Rank, device: Any) -> dict[str, Any]:
     if device.type not in ENGINE_DEVICES:
         raise ValueError(f"device {device.type} is not supported: {', '.join(ENGINE_DEVICES)} are")
     return {
@@ -58,6 +58,7 @@ def _transfer_values(part_bytes: int, rank: Rank, device: Any) -> dict[str, Any]
         "part_index": rank.part,
         "part_count": rank.part_count,
         "parts_owned": 1,
+        "local_rank_size": config.local_rank_size or rank.local_ranks,
     }
 
 
@@ -67,7 +68,7 @@ def open_transfer(
 ) -> Store:  # fmt: skip
     """A worker's store."""
     slices = [s.length for s in layout.layers[0].slices] if layerwise else layout.slice_lengths
-    values = _transfer_values(layout.part_bytes, rank, device)
+    values = _transfer_values(config, layout.part_bytes, rank, device)
     values |= {"tensor_size_list": slices, "shard_size": sum(slices)}
     return Store(_options(config, namespace, values))
 
@@ -87,11 +88,12 @@ def open_converting(
         shapes = shapes[: len(layout.layers[0].slices)]
         if shapes * len(layout.layers) != converted.shapes:
             raise ValueError("the layers' pages differ, and blocks in another byte order are not read")
-    values = _transfer_values(part_bytes, rank, device)
+    values = _transfer_values(config, part_bytes, rank, device)
     values |= {
         "tensor_shape_list": shapes,
         "shard_size": shard_bytes,
         "store_pipeline": "Posix",
         "cache_buffer_capacity_gb": max(STAGED_BLOCKS * part_bytes, STAGED_BYTES_MIN) / (1 << 30),
+        "share_buffer_enable": False,
     }
     return Store(_options(config, namespace, values))

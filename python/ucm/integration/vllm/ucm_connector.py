@@ -137,6 +137,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         from ucm.integration.vllm import geometry
         from ucm.integration.vllm.batches import Batches
         from ucm.integration.vllm.converters import Converters
+        from ucm.integration.vllm.platform import local_ranks
         from ucm.integration.vllm.stores import open_transfer
         from ucm.integration.vllm.streams import ComputeStream
         from ucm.integration.vllm.worker import WorkerSide
@@ -146,6 +147,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         rank = _rank(
             self._vllm_config, int(get_tensor_model_parallel_rank()), int(get_pp_group().rank_in_group)
         )
+        rank = dataclasses.replace(rank, local_ranks=local_ranks(self._vllm_config))
         first = next(iter(kv_caches.values()))
         device = (first[0] if isinstance(first, (tuple, list)) else first).device
         layerwise = self._layerwise(layout)
