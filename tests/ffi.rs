@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+mod fakes;
 #[path = "../xtask/src/install.rs"]
 #[allow(dead_code)]
 mod install;
@@ -371,6 +372,33 @@ fn sanitizers_catch_a_wrong_program() {
         caught += 1;
     }
     assert_eq!(caught, 2);
+}
+
+/// Goal: random saves and loads of a C++ program through a store that evicts keep every byte in device memory, with two
+/// processes at it, in every way of copying: the program that `cargo xtask gpu-test` runs, on a pretended GPU.
+#[test]
+fn traffic_on_a_pretended_gpu() {
+    let program = CPP[0].compile(&root().join("tests/gpu/traffic.cpp"));
+    let model = root().join("tests/gpu/model.ptx");
+    for copies in ["plain", "batch", "bounce", "kernel"] {
+        let folder = fresh_folder();
+        let children = ["1", "2"].map(|seed| {
+            Command::new(&program)
+                .args([folder.as_path(), &model])
+                .args(["200", seed])
+                .env("UCM_CUDA_LIBRARY", fakes::folder().join("libcuda.so.1"))
+                .env("UCM_CUDA_COPY", copies)
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        });
+        for child in children {
+            let output = child.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{copies}: {}\n{text}", output.status);
+        }
+    }
 }
 
 /// Prefill and decode as processes on one directory, a C program reading what a C++ program wrote and back.

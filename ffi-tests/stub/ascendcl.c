@@ -47,6 +47,7 @@ STUB_EXPORT void ucm_stub_capture(int on) {
 /* Somebody resets the device: its work ends, and its default context is gone. */
 STUB_EXPORT void ucm_stub_reset_device(void) {
     stub_quiesce();
+    stub_unregister_all();
     reset = true;
 }
 

@@ -104,6 +104,7 @@ STUB_EXPORT void ucm_stub_capture(int on) {
 /* Somebody resets the device: its work ends, then every call says so. */
 STUB_EXPORT void ucm_stub_reset_device(void) {
     stub_quiesce();
+    stub_unregister_all();
     for (int i = 0; i < DEVICES; i++) {
         contexts[i].destroyed = true;
     }
@@ -318,6 +319,18 @@ API cuStreamCreateWithPriority(CUstream *stream, unsigned int flags, int priorit
     return OK;
 }
 
+/* What programs beside the store make their streams with. */
+API cuStreamCreate(CUstream *stream, unsigned int flags) {
+    (void)flags;
+    *stream = (CUstream)stub_stream_new();
+    return OK;
+}
+
+API cuCtxSynchronize(void) {
+    stub_quiesce();
+    return (CUresult)stub_dead();
+}
+
 API cuStreamDestroy(CUstream stream) {
     ENTER_CONTEXT("cuStreamDestroy");
     stub_stream_destroy("cuStreamDestroy", (struct stub_stream *)stream);
@@ -528,10 +541,16 @@ API cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes) {
 /* ---- kernels ---- */
 
 static int loaded_module, runs_function, rows_function;
+/* The model's own kernel (tests/gpu/model.cu). */
+static int model_module, fill_function;
 
 API cuModuleLoadData(CUmodule *module, const void *image) {
     ENTER_CONTEXT("cuModuleLoadData");
     const char *text = image;
+    if (strstr(text, ".entry slow_fill(")) {
+        *module = (CUmodule)&model_module;
+        return OK;
+    }
     if (!strstr(text, ".version") || !strstr(text, ".entry ucm_copy_runs(") || !strstr(text, ".entry ucm_copy_rows(")) {
         stub_misuse("cuModuleLoadData", "not the PTX of the copy kernels");
     }
@@ -549,6 +568,10 @@ API cuModuleUnload(CUmodule module) {
 
 API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     ENTER_CONTEXT("cuModuleGetFunction");
+    if ((void *)module == &model_module && !strcmp(name, "slow_fill")) {
+        *function = (CUfunction)&fill_function;
+        return OK;
+    }
     if ((void *)module != &loaded_module) {
         stub_misuse("cuModuleGetFunction", "not a loaded module");
     }
@@ -626,6 +649,19 @@ static void run_rows(const void *data) {
     }
 }
 
+/* Waits, then fills words: cycles of a GHz clock. */
+static void run_fill(struct stub_stream *stream, void **params) {
+    char *to = *(char **)params[0];
+    unsigned words = *(unsigned *)params[1], seed = *(unsigned *)params[2];
+    unsigned long long cycles = *(unsigned long long *)params[3];
+    unsigned *pattern = malloc(words * sizeof *pattern);
+    for (unsigned i = 0; i < words; i++) {
+        pattern[i] = i * 2654435761u + seed;
+    }
+    ucm_stub_model_write(stream, to, pattern, words * sizeof *pattern, (unsigned)(cycles / 1000));
+    free(pattern);
+}
+
 API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
                    unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared,
                    CUstream stream, void **params, void **extra) {
@@ -634,7 +670,9 @@ API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y
         stub_misuse("cuLaunchKernel", "grid or block");
     }
     struct stub_stream *on = stream_of("cuLaunchKernel", stream);
-    if ((void *)function == &runs_function) {
+    if ((void *)function == &fill_function) {
+        run_fill(on, params);
+    } else if ((void *)function == &runs_function) {
         stub_kernel("cuLaunchKernel", on, run_runs, params[0], sizeof(struct ucm_runs_args));
     } else if ((void *)function == &rows_function) {
         stub_kernel("cuLaunchKernel", on, run_rows, params[0], sizeof(struct ucm_rows_args));

@@ -257,6 +257,16 @@ bool stub_unregister(const char *call, void *base) {
     return known;
 }
 
+void stub_unregister_all(void) {
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < ranges_used; i++) {
+        if (ranges[i].kind == STUB_REGISTERED) {
+            ranges[i].kind = STUB_NONE;
+        }
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 enum stub_memory stub_find(const void *address, void **base, size_t *bytes) {
     pthread_mutex_lock(&lock);
     struct range *range = range_of(address);

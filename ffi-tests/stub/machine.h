@@ -33,6 +33,8 @@ void stub_free(const char *call, void *base, enum stub_memory kind);
 bool stub_register(void *base, size_t bytes);
 /* false: not registered. */
 bool stub_unregister(const char *call, void *base);
+/* What a reset does: the pages may be mapped anew without anybody's word. */
+void stub_unregister_all(void);
 /* The range that holds the address. */
 enum stub_memory stub_find(const void *address, void **base, size_t *bytes);
 /* Whether the memory at the address is another device's. */

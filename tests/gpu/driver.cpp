@@ -5,16 +5,11 @@
 //     driver FOLDER MODEL_PTX      FOLDER is made and filled; MODEL_PTX is tests/gpu/model.ptx
 //
 // Each part says its goal. The first thing that is wrong ends the program with a sentence and status 1.
-#include <ucm.hpp>
-
-#include <dlfcn.h>
+#include "gpu.hpp"
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,92 +22,6 @@ constexpr std::size_t block_bytes = slice_bytes * slices;
 constexpr std::size_t blocks = 64;
 constexpr unsigned long long slow_cycles = 60'000'000; // some tens of milliseconds
 
-[[noreturn]] void fail(const std::string &sentence) {
-    std::fprintf(stderr, "FAILED: %s\n", sentence.c_str());
-    std::exit(1);
-}
-
-void check(bool holds, const std::string &sentence) {
-    if (!holds) fail(sentence);
-}
-
-// The driver, with the primary context of device 0 current on this thread.
-class Gpu {
-public:
-    explicit Gpu(const std::string &model) {
-        library_ = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-        check(library_ != nullptr, "libcuda.so.1 cannot be loaded: this program needs an NVIDIA GPU");
-        call<unsigned>("cuInit", 0);
-        call<void **, int>("cuDevicePrimaryCtxRetain", &context_, 0);
-        enter();
-        std::ifstream file(model);
-        std::string image((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-        check(!image.empty(), model + " cannot be read");
-        void *module = nullptr;
-        call<void **, const void *>("cuModuleLoadData", &module, image.c_str());
-        call<void **, void *, const char *>("cuModuleGetFunction", &slow_fill_, module, "slow_fill");
-    }
-
-    void enter() { call<void *>("cuCtxSetCurrent", context_); }
-
-    // A function of the driver that must succeed.
-    template <typename... Types>
-    void call(const char *name, Types... arguments) {
-        const int status = attempt<Types...>(name, arguments...);
-        check(status == 0, std::string(name) + " failed with " + std::to_string(status));
-    }
-
-    template <typename... Types>
-    int attempt(const char *name, Types... arguments) {
-        auto function = reinterpret_cast<int (*)(Types...)>(dlsym(library_, name));
-        check(function != nullptr, std::string("the driver has no ") + name);
-        return function(arguments...);
-    }
-
-    unsigned long long allocate(std::size_t bytes) {
-        unsigned long long address = 0;
-        call<unsigned long long *, std::size_t>("cuMemAlloc_v2", &address, bytes);
-        return address;
-    }
-
-    // 0: waits for the default stream, as cudaStreamCreate's do; 1: does not.
-    void *stream(unsigned flags) {
-        void *made = nullptr;
-        call<void **, unsigned>("cuStreamCreate", &made, flags);
-        return made;
-    }
-
-    void *event() {
-        void *made = nullptr;
-        call<void **, unsigned>("cuEventCreate", &made, 2);
-        return made;
-    }
-
-    void record(void *event, void *stream) { call<void *, void *>("cuEventRecord", event, stream); }
-    void destroy(void *event) { call<void *>("cuEventDestroy_v2", event); }
-    void synchronize() { call<>("cuCtxSynchronize"); }
-
-    // Waits `cycles`, then fills the words of `to` with what `filled` says.
-    void fill(void *stream, unsigned long long to, std::size_t bytes, unsigned seed, unsigned long long cycles) {
-        auto words = static_cast<unsigned>(bytes / 4);
-        void *arguments[] = {&to, &words, &seed, &cycles};
-        call<void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **>(
-            "cuLaunchKernel", slow_fill_, 32, 1, 1, 256, 1, 1, 0, stream, arguments, nullptr);
-    }
-
-    std::vector<unsigned> read(unsigned long long from, std::size_t bytes) {
-        std::vector<unsigned> words(bytes / 4);
-        call<void *, unsigned long long, std::size_t>("cuMemcpyDtoH_v2", words.data(), from, bytes);
-        return words;
-    }
-
-private:
-    void *library_ = nullptr;
-    void *context_ = nullptr;
-    void *slow_fill_ = nullptr;
-};
-
-unsigned filled(std::size_t word, unsigned seed) { return static_cast<unsigned>(word) * 2654435761u + seed; }
 
 // A paged cache in one allocation: slice s of page p lies at (s * blocks + p) * slice_bytes.
 struct Cache {
@@ -234,17 +143,6 @@ void streams_wait_for_loads(Gpu &gpu, const std::string &folder) {
     gpu.call<void *>("cuStreamSynchronize", stream);
     check(same(gpu, copy, 0, 0, 77), "the stream read the target before it was loaded");
     load.wait(ucm::Stage::Loaded).value();
-}
-
-// A full queue says so; whoever asks again gets in.
-template <typename Submit>
-ucm::Task submit(Submit submit) {
-    for (;;) {
-        auto submitted = submit();
-        if (submitted) return std::move(submitted).value();
-        check(submitted.status() == ucm::Status::Busy, submitted.error().message());
-        std::this_thread::yield();
-    }
 }
 
 // Goal: saves and loads of four threads, each with a stream and events of its own, keep every byte.

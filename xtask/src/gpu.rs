@@ -8,6 +8,12 @@ use crate::{Outcome, cargo, root};
 /// Kernel sources whose PTX is committed.
 const KERNELS: [&str; 2] = ["src/device/cuda/copy.cu", "tests/gpu/model.cu"];
 
+/// The kernels of the model that the C++ programs stand for.
+const MODEL: &str = "tests/gpu/model.ptx";
+
+/// Random saves and loads, half of each, that each of two processes does.
+const TRAFFIC_OPERATIONS: &str = "10000";
+
 /// The compiler that made the committed PTX: its version decides the oldest driver that can load it.
 const NVCC_RELEASE: &str = "11.8";
 
@@ -44,7 +50,7 @@ pub(crate) fn gpu_test() -> Outcome {
     // What an earlier run left; a folder that is not there is as good.
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    driver_test(&built, &folder)?;
+    cpp_tests(&built, &folder)?;
     run(
         Command::new(built.join("ucm-bench"))
             .args(["compare", "device", "--device=cuda"])
@@ -54,17 +60,40 @@ pub(crate) fn gpu_test() -> Outcome {
     torch_test(&built)
 }
 
-/// Compiles the C++ program, which knows the driver API and `ucm.hpp` alone, and runs it.
-fn driver_test(built: &Path, folder: &Path) -> Outcome {
-    let program = folder.join("driver");
-    // The program asks for the library by its soname.
+/// Compiles and runs the C++ programs, which know the driver API and `ucm.hpp` alone.
+fn cpp_tests(built: &Path, folder: &Path) -> Outcome {
+    // The programs ask for the library by its soname.
     std::os::unix::fs::symlink(built.join("libucm.so"), folder.join("libucm.so.0"))
         .map_err(|error| format!("{}: {error}", folder.display()))?;
+    let driver = compile("driver", built, folder)?;
+    run(Command::new(&driver).arg(folder.join("driver-stores")).arg(MODEL), "the C++ program")?;
+    // Two processes on one GPU and one folder, which evict from it what the other has saved.
+    let traffic = compile("traffic", built, folder)?;
+    let processes = ["1", "2"].map(|seed| {
+        Command::new(&traffic)
+            .arg(folder.join("traffic"))
+            .args([MODEL, TRAFFIC_OPERATIONS, seed])
+            .current_dir(root())
+            .spawn()
+    });
+    for process in processes {
+        let status = process.and_then(|mut process| process.wait());
+        if !status.map_err(|error| format!("traffic: {error}"))?.success() {
+            return Err("random saves and loads failed".to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// Compiles one of `tests/gpu/*.cpp` against the library.
+fn compile(name: &str, built: &Path, folder: &Path) -> Result<PathBuf, String> {
+    let program = folder.join(name);
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     run(
         Command::new(compiler)
             .args(["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-Iinclude"])
-            .args(["tests/gpu/driver.cpp", "-o"])
+            .arg(format!("tests/gpu/{name}.cpp"))
+            .arg("-o")
             .arg(&program)
             .arg("-L")
             .arg(built)
@@ -72,10 +101,7 @@ fn driver_test(built: &Path, folder: &Path) -> Outcome {
             .args(["-lucm", "-ldl"]),
         "the C++ compiler",
     )?;
-    run(
-        Command::new(&program).arg(folder.join("driver-stores")).arg("tests/gpu/model.ptx"),
-        "the C++ program",
-    )
+    Ok(program)
 }
 
 fn torch_test(built: &Path) -> Outcome {
