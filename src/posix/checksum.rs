@@ -33,7 +33,93 @@ pub struct PartChecksums {
     pub units: Vec<u64>,
 }
 
+/// Bytes of a part whose checksum is wanted, from whoever can read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// From the first byte of the part.
+    pub from: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Seed of the XXH3-64.
+    pub seed: u64,
+}
+
+/// A checksum that bytes of a part must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The bytes.
+    pub wanted: Wanted,
+    sum: u64,
+}
+
+impl Claim {
+    /// Whether bytes with this XXH3-64 are the right ones.
+    pub fn holds(&self, hash: u64) -> bool {
+        self.sum != NO_CHECKSUM && nonzero(hash) == self.sum
+    }
+
+    /// Whether the bytes that `pieces` begin with, end to end, are the right ones; copies them to `along` in the
+    /// same pass.
+    ///
+    /// # Safety
+    /// The pieces are valid for reading and nobody writes them meanwhile; the runs are valid for writing, and
+    /// overlap no piece.
+    pub unsafe fn holds_along(&self, pieces: &[DmaSlice], along: &mut Runs<'_>) -> bool {
+        let Wanted { bytes, seed, .. } = self.wanted;
+        // SAFETY: as promised by the caller.
+        let hash = unsafe { hash(seed, pieces, bytes, along) };
+        hash != NO_CHECKSUM && self.holds(hash)
+    }
+}
+
+impl PartChecksums {
+    /// Those of a part that is saved without.
+    pub fn none(part_bytes: u64) -> Self {
+        PartChecksums { part: NO_CHECKSUM, unit_bytes: part_bytes, units: Vec::new() }
+    }
+
+    /// Those of a part that is written in shards of `shard_bytes`, from the hashes that [`Identity::wanted`] asks
+    /// for.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn of_hashes(part_bytes: u64, shard_bytes: u64, hashes: &[u64]) -> Self {
+        let (part, units) = hashes.split_first().expect("the first is that of the whole part");
+        PartChecksums {
+            part: nonzero(*part),
+            unit_bytes: unit_bytes(part_bytes, shard_bytes),
+            units: units.iter().map(|hash| nonzero(*hash)).collect(),
+        }
+    }
+}
+
 impl Identity {
+    /// The bytes whose hashes make the checksums of a part that is written in shards of `shard_bytes`: the whole
+    /// part first, then its units where it has several.
+    pub fn wanted(&self, part_bytes: u64, shard_bytes: u64) -> Vec<Wanted> {
+        let unit_bytes = unit_bytes(part_bytes, shard_bytes);
+        let mut wanted = vec![Wanted { from: 0, bytes: part_bytes, seed: self.seed(PART_UNIT) }];
+        let count = part_bytes.div_ceil(unit_bytes);
+        if count > 1 {
+            wanted.extend((0..count).map(|unit| {
+                let from = unit * unit_bytes;
+                let bytes = unit_bytes.min(part_bytes - from);
+                Wanted { from, bytes, seed: self.seed(unit as u32) }
+            }));
+        }
+        wanted
+    }
+
+    /// The checksum that a whole part must have.
+    pub fn claim_part(&self, part_bytes: u64, sum: u64) -> Claim {
+        Claim { wanted: Wanted { from: 0, bytes: part_bytes, seed: self.seed(PART_UNIT) }, sum }
+    }
+
+    /// The checksum that the unit which begins at `from` must have.
+    pub fn claim_unit(&self, unit: u32, from: u64, bytes: u64, sum: u64) -> Claim {
+        Claim { wanted: Wanted { from, bytes, seed: self.seed(unit) }, sum }
+    }
+
     fn seed(&self, unit: u32) -> u64 {
         let BlockId(block) = self.key.block;
         let mut bytes = [0; 42];
@@ -363,6 +449,33 @@ mod tests {
             assert_eq!(memory[to..to + 250], bytes[from..from + 250]);
             assert!(memory[to + 250..to + 300].iter().all(|byte| *byte == 0));
         }
+    }
+
+    /// Goal: hashes that somebody else computed of what is wanted make the checksums that are computed here, and
+    /// claims of those hold for these hashes and for no other.
+    #[test]
+    fn hashes_from_elsewhere_make_the_same_checksums() {
+        let mut bytes: Vec<u8> = (0..20_480u32).map(|i| (i * 13) as u8).collect();
+        let (id, part_bytes) = (identity(), 20_480);
+        for shard_bytes in [4096, 8192, part_bytes] {
+            // SAFETY: `bytes` lives to the end of the test and is not written.
+            let here = unsafe { id.all(&slices(&mut bytes, &[]), part_bytes, shard_bytes) };
+            let wanted = id.wanted(part_bytes, shard_bytes);
+            let hash = |w: &Wanted| {
+                Hasher::oneshot_with_seed(w.seed, &bytes[w.from as usize..][..w.bytes as usize])
+            };
+            let hashes: Vec<u64> = wanted.iter().map(hash).collect();
+            assert_eq!(PartChecksums::of_hashes(part_bytes, shard_bytes, &hashes), here);
+            let part = id.claim_part(part_bytes, here.part);
+            assert!(part.wanted == wanted[0] && part.holds(hashes[0]) && !part.holds(hashes[0] ^ 1));
+            for ((unit, sum), (wanted, hash)) in
+                (0..).zip(&here.units).zip(wanted[1..].iter().zip(&hashes[1..]))
+            {
+                let claim = id.claim_unit(unit, wanted.from, wanted.bytes, *sum);
+                assert!(claim.wanted == *wanted && claim.holds(*hash) && !claim.holds(*hash ^ 1));
+            }
+        }
+        assert!(!id.claim_unit(9, 0, 4096, NO_CHECKSUM).holds(NO_CHECKSUM), "a unit that is not there");
     }
 
     /// Pinned values: the checksum is part of the format and may never change.

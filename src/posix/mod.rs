@@ -29,6 +29,7 @@ mod tier;
 #[cfg(test)]
 mod tests;
 
+pub use checksum::{Claim, Wanted};
 pub use format::Trailer;
 pub use home::TierConfig;
 pub use index::{Found, Location};

@@ -10,8 +10,8 @@ use crate::block::{PAGE, PartKey};
 use crate::config::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Class, DmaSlice, Done, Operation};
-use crate::posix::checksum::PartChecksums;
-use crate::posix::format::{Kind, NO_CHECKSUM, Record, Trailer};
+use crate::posix::checksum::{PartChecksums, Wanted};
+use crate::posix::format::{Kind, Record, Trailer};
 use crate::posix::host::wall_ms;
 use crate::posix::index::{Found, Location};
 use crate::posix::manifest::{Item, Urgency};
@@ -86,13 +86,42 @@ impl Tier {
                 let identity = self.layout.identity(extent.key(), name.generation);
                 identity.all(pieces, part_bytes, shard_bytes)
             },
-            Checksum::Off => {
-                PartChecksums { part: NO_CHECKSUM, unit_bytes: part_bytes, units: Vec::new() }
-            }
+            Checksum::Off => PartChecksums::none(part_bytes),
         };
-        extent.set_checksum(sums.part);
         // SAFETY: one page, as promised by the caller.
-        let page = unsafe { std::slice::from_raw_parts_mut(trailer, PAGE) };
+        self.describe(extent, sums, unsafe { std::slice::from_raw_parts_mut(trailer, PAGE) });
+    }
+
+    /// The bytes of a part whose hashes [`Tier::seal_hashed`] needs; none where checksums are off.
+    pub fn hashes_wanted(&self, extent: &Extent, shard_bytes: u64) -> Vec<Wanted> {
+        let identity = self.layout.identity(extent.key(), extent.segment().name.generation);
+        match self.layout.config.checksum {
+            Checksum::Full => identity.wanted(self.layout.part_bytes, shard_bytes),
+            Checksum::Off => Vec::new(),
+        }
+    }
+
+    /// As [`Tier::seal`], where somebody else has hashed what [`Tier::hashes_wanted`] asks for.
+    pub fn seal_hashed(
+        &self,
+        extent: &Extent,
+        shard_bytes: u64,
+        hashes: &[u64],
+        trailer: &mut [u8],
+    ) {
+        let part_bytes = self.layout.part_bytes;
+        let sums = match hashes {
+            [] => PartChecksums::none(part_bytes),
+            hashes => PartChecksums::of_hashes(part_bytes, shard_bytes, hashes),
+        };
+        self.describe(extent, sums, trailer);
+    }
+
+    /// Writes the trailer page.
+    fn describe(&self, extent: &Extent, sums: PartChecksums, page: &mut [u8]) {
+        let name = extent.segment().name;
+        let part_bytes = self.layout.part_bytes;
+        extent.set_checksum(sums.part);
         Trailer {
             fingerprint: self.layout.fingerprint,
             block: extent.key().block,

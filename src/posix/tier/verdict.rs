@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::DmaSlice;
 use crate::mem::runs::Runs;
 use crate::posix::catalog::SegmentRef;
+use crate::posix::checksum::Claim;
 use crate::posix::format::{Kind, NO_CHECKSUM, Record, Trailer};
 use crate::posix::host::wall_ms;
 use crate::posix::index::{Found, Location};
@@ -37,18 +38,52 @@ impl Tier {
         pieces: &[DmaSlice],
         along: &mut Runs<'_>,
     ) -> Result<()> {
-        let part_bytes = self.layout.part_bytes;
+        let claim = self.claim_part(key, found)?;
+        // SAFETY: as promised by the caller.
+        match unsafe { check_along(claim, pieces, self.layout.part_bytes, along) } {
+            true => Ok(()),
+            false => Err(self.refuted(key, found)),
+        }
+    }
+
+    /// The checksum that a whole part must have; `None` where it has none.
+    pub fn claim_part(&self, key: &PartKey, found: &Found) -> Result<Option<Claim>> {
         if self.layout.config.checksum == Checksum::Off || found.checksum == NO_CHECKSUM {
-            // SAFETY: as promised by the caller.
-            unsafe { copy(pieces, part_bytes, along) };
-            return Ok(());
+            return Ok(None);
         }
         let segment = self.catalog.segment(found.location.segment).ok_or_else(|| gone(key))?;
         let identity = self.layout.identity(key, segment.name.generation);
-        // SAFETY: as promised by the caller.
-        match unsafe { identity.part_along(pieces, part_bytes, along) } == found.checksum {
-            true => Ok(()),
-            false => Err(self.mismatch(key, found, &segment)),
+        Ok(Some(identity.claim_part(self.layout.part_bytes, found.checksum)))
+    }
+
+    /// The checksum that unit `unit` (of [`Tier::unit_bytes`]) must have; `None` where it has none.
+    pub fn claim_unit(
+        &self,
+        key: &PartKey,
+        found: &Found,
+        trailer: &Trailer,
+        unit: u32,
+    ) -> Result<Option<Claim>> {
+        if trailer.units.is_empty() {
+            return self.claim_part(key, found);
+        }
+        if self.layout.config.checksum == Checksum::Off || trailer.checksum == NO_CHECKSUM {
+            return Ok(None);
+        }
+        let segment = self.catalog.segment(found.location.segment).ok_or_else(|| gone(key))?;
+        let identity = self.layout.identity(key, segment.name.generation);
+        let from = u64::from(unit) * trailer.unit_bytes;
+        let bytes = trailer.unit_bytes.min(self.layout.part_bytes.saturating_sub(from));
+        // A unit that the trailer does not have matches nothing.
+        let sum = trailer.units.get(unit as usize).copied().unwrap_or(NO_CHECKSUM);
+        Ok(Some(identity.claim_unit(unit, from, bytes, sum)))
+    }
+
+    /// The error of bytes that a claim does not hold for.
+    pub fn refuted(&self, key: &PartKey, found: &Found) -> Error {
+        match self.catalog.segment(found.location.segment) {
+            Some(segment) => self.mismatch(key, found, &segment),
+            None => gone(key),
         }
     }
 
@@ -88,24 +123,13 @@ impl Tier {
         pieces: &[DmaSlice],
         along: &mut Runs<'_>,
     ) -> Result<()> {
-        if trailer.units.is_empty() {
-            // SAFETY: as promised by the caller.
-            return unsafe { self.verify_along(key, found, pieces, along) };
-        }
-        let left = self.layout.part_bytes.saturating_sub(u64::from(unit) * trailer.unit_bytes);
-        let bytes = trailer.unit_bytes.min(left);
-        if self.layout.config.checksum == Checksum::Off || trailer.checksum == NO_CHECKSUM {
-            // SAFETY: as promised by the caller.
-            unsafe { copy(pieces, bytes, along) };
-            return Ok(());
-        }
-        let segment = self.catalog.segment(found.location.segment).ok_or_else(|| gone(key))?;
-        let identity = self.layout.identity(key, segment.name.generation);
+        let claim = self.claim_unit(key, found, trailer, unit)?;
+        let from = u64::from(unit) * self.unit_bytes(trailer);
+        let bytes = self.unit_bytes(trailer).min(self.layout.part_bytes.saturating_sub(from));
         // SAFETY: as promised by the caller.
-        let sum = unsafe { identity.unit_along(unit, pieces, bytes, along) };
-        match trailer.units.get(unit as usize) == Some(&sum) {
+        match unsafe { check_along(claim, pieces, bytes, along) } {
             true => Ok(()),
-            false => Err(self.mismatch(key, found, &segment)),
+            false => Err(self.refuted(key, found)),
         }
     }
 
@@ -196,6 +220,29 @@ impl Tier {
             ),
         )
         .at(&home.segments.join(segment.name.to_string()))
+    }
+}
+
+/// Whether a claim holds for the first `bytes` bytes of `pieces`; copies them to `along` in any case. Without a claim
+/// they count as right.
+///
+/// # Safety
+/// As for [`Tier::verify_along`].
+unsafe fn check_along(
+    claim: Option<Claim>,
+    pieces: &[DmaSlice],
+    bytes: u64,
+    along: &mut Runs<'_>,
+) -> bool {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match claim {
+            Some(claim) => claim.holds_along(pieces, along),
+            None => {
+                copy(pieces, bytes, along);
+                true
+            }
+        }
     }
 }
 
