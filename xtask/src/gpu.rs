@@ -6,7 +6,8 @@ use std::process::Command;
 use crate::{Outcome, cargo, root};
 
 /// Kernel sources whose PTX is committed.
-const KERNELS: [&str; 2] = ["src/device/cuda/copy.cu", "tests/gpu/model.cu"];
+const KERNELS: [&str; 3] =
+    ["src/device/cuda/copy.cu", "src/device/cuda/hash.cu", "tests/gpu/model.cu"];
 
 /// The kernels of the model that the C++ programs stand for.
 const MODEL: &str = "tests/gpu/model.ptx";
