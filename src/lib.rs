@@ -11,6 +11,7 @@ pub mod clock;
 pub mod completion;
 pub mod config;
 mod copy;
+pub mod cufile;
 pub mod device;
 pub mod error;
 pub mod hash;

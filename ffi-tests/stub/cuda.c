@@ -9,6 +9,8 @@
 #include <string.h>
 
 #include "../../src/device/cuda/copy_args.h"
+#include "../../src/device/cuda/hash_args.h"
+#include "xxh3.h"
 
 #ifdef UCM_STUB_HEADER
 #include <cuda.h>
@@ -283,6 +285,11 @@ API cuCtxPushCurrent(CUcontext context) {
     return OK;
 }
 
+API cuCtxGetCurrent(CUcontext *context) {
+    *context = depth ? (CUcontext)stack[depth - 1] : NULL;
+    return OK;
+}
+
 /* What programs that own their threads call instead of push and pop; the store does not. */
 API cuCtxSetCurrent(CUcontext context) {
     depth = depth ? depth : 1;
@@ -369,7 +376,7 @@ API cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
 
 API cuEventCreate(CUevent *event, unsigned int flags) {
     ENTER_CONTEXT("cuEventCreate");
-    if (flags != 2) {
+    if ((flags & 2) == 0 || flags > 3) {
         stub_misuse("cuEventCreate", "an event with timing costs time");
     }
     *event = (CUevent)stub_event_new();
@@ -397,6 +404,15 @@ API cuEventQuery(CUevent event) {
         return (CUresult)INVALID_HANDLE;
     }
     return (CUresult)(stub_event_done((struct stub_event *)event) ? OK : NOT_READY);
+}
+
+API cuEventSynchronize(CUevent event) {
+    ENTER_CONTEXT("cuEventSynchronize");
+    if (!stub_event_known((struct stub_event *)event)) {
+        return (CUresult)INVALID_HANDLE;
+    }
+    stub_event_wait((struct stub_event *)event);
+    return (CUresult)stub_dead();
 }
 
 API cuLaunchHostFunc(CUstream stream, CUhostFn function, void *data) {
@@ -540,7 +556,7 @@ API cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes) {
 
 /* ---- kernels ---- */
 
-static int loaded_module, runs_function, rows_function;
+static int loaded_module, runs_function, rows_function, loaded_hash, hash_function;
 /* The model's own kernel (tests/gpu/model.cu). */
 static int model_module, fill_function;
 
@@ -549,6 +565,10 @@ API cuModuleLoadData(CUmodule *module, const void *image) {
     const char *text = image;
     if (strstr(text, ".entry slow_fill(")) {
         *module = (CUmodule)&model_module;
+        return OK;
+    }
+    if (strstr(text, ".version") && strstr(text, ".entry ucm_hash(")) {
+        *module = (CUmodule)&loaded_hash;
         return OK;
     }
     if (!strstr(text, ".version") || !strstr(text, ".entry ucm_copy_runs(") || !strstr(text, ".entry ucm_copy_rows(")) {
@@ -560,7 +580,7 @@ API cuModuleLoadData(CUmodule *module, const void *image) {
 
 API cuModuleUnload(CUmodule module) {
     ENTER_CONTEXT("cuModuleUnload");
-    if ((void *)module != &loaded_module) {
+    if ((void *)module != &loaded_module && (void *)module != &loaded_hash) {
         stub_misuse("cuModuleUnload", "not a loaded module");
     }
     return OK;
@@ -570,6 +590,10 @@ API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
     ENTER_CONTEXT("cuModuleGetFunction");
     if ((void *)module == &model_module && !strcmp(name, "slow_fill")) {
         *function = (CUfunction)&fill_function;
+        return OK;
+    }
+    if ((void *)module == &loaded_hash && !strcmp(name, "ucm_hash")) {
+        *function = (CUfunction)&hash_function;
         return OK;
     }
     if ((void *)module != &loaded_module) {
@@ -662,16 +686,39 @@ static void run_fill(struct stub_stream *stream, void **params) {
     free(pattern);
 }
 
+static void run_hash(const void *data) {
+    const struct ucm_hash_args *args = data;
+    uint64_t *sums = stub_kernel_reach((void *)(uintptr_t)args->sums, args->runs * sizeof *sums);
+    for (unsigned i = 0; i < args->runs; i++) {
+        const struct ucm_hash_run *run = &args->run[i];
+        if (run->address % 8 || run->bytes < UCM_HASH_BYTES_MIN) {
+            stub_misuse("kernel", "a hash of %llu bytes at %#llx", run->bytes, run->address);
+        }
+        sums[i] = stub_xxh3(stub_kernel_reach((void *)(uintptr_t)run->address, run->bytes), run->bytes, run->seed);
+    }
+}
+
+static void launch_hash(unsigned blocks, unsigned threads, struct stub_stream *stream, const struct ucm_hash_args *args) {
+    if (!args->runs || args->runs > UCM_HASH_RUNS_MAX || blocks != args->runs || threads != UCM_HASH_THREADS) {
+        stub_misuse("cuLaunchKernel", "%u runs on %u blocks of %u threads", args->runs, blocks, threads);
+    }
+    stub_kernel("cuLaunchKernel", stream, run_hash, args, sizeof *args);
+}
+
 API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
                    unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared,
                    CUstream stream, void **params, void **extra) {
     ENTER_CONTEXT("cuLaunchKernel");
-    if (!grid_x || grid_y != 1 || grid_z != 1 || block_x != 256 || block_y != 1 || block_z != 1 || shared || extra) {
+    bool hashes = (void *)function == &hash_function;
+    if (!grid_x || grid_y != 1 || grid_z != 1 || (block_x != 256 && !hashes) || block_y != 1 || block_z != 1 || shared ||
+        extra) {
         stub_misuse("cuLaunchKernel", "grid or block");
     }
     struct stub_stream *on = stream_of("cuLaunchKernel", stream);
     if ((void *)function == &fill_function) {
         run_fill(on, params);
+    } else if (hashes) {
+        launch_hash(grid_x, block_x, on, params[0]);
     } else if ((void *)function == &runs_function) {
         stub_kernel("cuLaunchKernel", on, run_runs, params[0], sizeof(struct ucm_runs_args));
     } else if ((void *)function == &rows_function) {

@@ -181,6 +181,19 @@ static void add_range(char *base, size_t bytes, enum stub_memory kind, char *ali
     stub_misuse("allocation", "more than %d ranges are live", RANGES_MAX);
 }
 
+/* Addresses of `length` bytes to map over, large ones at multiples of what the driver maps at once. */
+static char *reserve(size_t length) {
+    size_t step = length >= 2 << 20 ? 2 << 20 : 4096;
+    char *found = mmap(NULL, length + step, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) {
+        return NULL;
+    }
+    char *aligned = found + (step - (uintptr_t)found % step) % step;
+    munmap(found, (size_t)(aligned - found));
+    munmap(aligned + length, (size_t)(found + step - aligned));
+    return aligned;
+}
+
 /* The caller sees pages that fault; the machine sees the same memory elsewhere. So an engine that reads
  * device memory with the CPU dies here as it would on a real machine. */
 void *stub_device_alloc(size_t bytes) {
@@ -191,7 +204,7 @@ void *stub_device_alloc(size_t bytes) {
     }
     /* Whole-store tests look at caller memory with the CPU. */
     int access = getenv("UCM_STUB_VISIBLE") ? PROT_READ | PROT_WRITE : PROT_NONE;
-    char *seen = mmap(NULL, length, access, MAP_SHARED, file, 0);
+    char *seen = mmap(reserve(length), length, access, MAP_SHARED | MAP_FIXED, file, 0);
     char *alias = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (seen == MAP_FAILED || alias == MAP_FAILED) {
@@ -669,6 +682,19 @@ bool stub_event_done(struct stub_event *event) {
     return done;
 }
 
+void stub_event_wait(struct stub_event *event) {
+    pthread_mutex_lock(&lock);
+    struct token *token = event->token;
+    if (token) {
+        token->references++;
+        while (!token->done && !dead_status) {
+            pthread_cond_wait(&changed, &lock);
+        }
+        release(token);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 /* ---- work ---- */
 
 static struct range *hold_range(const char *call, const char *address, size_t bytes) {
@@ -708,18 +734,20 @@ void stub_kernel(const char *call, struct stub_stream *stream, void (*run)(const
     pthread_mutex_unlock(&lock);
 }
 
-void stub_kernel_move(void *to, const void *from, size_t bytes) {
-    const char *ends[2] = {to, from};
+void *stub_kernel_reach(const void *address, size_t bytes) {
+    const char *begin = address;
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < 2; i++) {
-        struct range *range = range_of(ends[i]);
-        if (!range || range->foreign || ends[i] + bytes > range->base + range->bytes) {
-            stub_misuse("kernel", "illegal address %p: neither device memory nor pinned", (const void *)ends[i]);
-        }
-        check_fills("kernel", ends[i], bytes);
+    struct range *range = range_of(begin);
+    if (!range || range->foreign || begin + bytes > range->base + range->bytes) {
+        stub_misuse("kernel", "illegal address %p: neither device memory nor pinned", address);
     }
+    check_fills("kernel", begin, bytes);
     pthread_mutex_unlock(&lock);
-    memcpy(stub_reach(to), stub_reach(from), bytes);
+    return stub_reach(address);
+}
+
+void stub_kernel_move(void *to, const void *from, size_t bytes) {
+    memcpy(stub_kernel_reach(to, bytes), stub_kernel_reach(from, bytes), bytes);
 }
 
 void stub_host_function(struct stub_stream *stream, void (*function)(void *), void *data) {

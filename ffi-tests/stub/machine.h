@@ -60,6 +60,8 @@ void stub_event_destroy(const char *call, struct stub_event *event);
 void stub_record(struct stub_event *event, struct stub_stream *stream, bool strict_reuse);
 void stub_wait(struct stub_stream *stream, struct stub_event *event);
 bool stub_event_done(struct stub_event *event);
+/* Blocks until it has happened, or everything is dead. */
+void stub_event_wait(struct stub_event *event);
 
 /* One transfer: rows of `width` bytes. The memory is checked now and when it runs. */
 struct stub_copy {
@@ -72,6 +74,8 @@ void stub_copy(const char *call, struct stub_stream *stream, const struct stub_c
 void stub_kernel(const char *call, struct stub_stream *stream, void (*run)(const void *args), const void *args,
                  size_t bytes);
 void stub_kernel_move(void *to, const void *from, size_t bytes);
+/* Where a kernel reaches this memory, all of which it must be allowed to touch. */
+void *stub_kernel_reach(const void *address, size_t bytes);
 void stub_host_function(struct stub_stream *stream, void (*function)(void *), void *data);
 /* Whether this thread is inside a host function, where no call of the API is allowed. */
 bool stub_in_host_function(void);

@@ -178,7 +178,7 @@ pub static KEYS: &[Key] = &[
         Kind::Word(&["off", "auto", "required"]),
         "off",
         "",
-        "The direct path between drive and device memory. This version has none: `auto` uses pinned memory, `required` is an error at open.",
+        "The direct path between drive and device memory (GPUDirect Storage), with checksums computed by the GPU. Needs `device: cuda`, `store_pipeline: Posix`, libcufile and a file system that it supports; its compatibility mode counts as not supported. cache_buffer_capacity_gb is device memory then. `auto` uses pinned host memory where something is missing, `required` makes that an error at open.",
     ),
     Key {
         name: "stream_number",

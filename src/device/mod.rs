@@ -8,17 +8,19 @@ mod ascend;
 mod cuda;
 mod engine;
 pub mod host;
-mod loader;
+pub(crate) mod loader;
 mod open;
+mod staging;
 
-pub use open::{check_gpu_direct, open};
+pub use open::open;
+pub use staging::{DeviceStaging, HASH_BYTES_MIN, HashRun};
 
 use std::any::Any;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use crate::block::SliceShape;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Which way a copy goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +125,13 @@ pub trait Device: Send + Sync {
     /// Whether caller memory is plain host memory that the drive can be pointed at.
     fn is_host(&self) -> bool {
         false
+    }
+
+    /// Memory of the device to stage in, of at least so many bytes, for drives that reach it. Copies of it are
+    /// told from those of pinned memory until `unpin` of its base address.
+    fn staging(&self, _bytes: usize) -> Result<Arc<dyn DeviceStaging>> {
+        let text = format!("device: {} has no memory that a drive could reach", self.name());
+        Err(Error::new(ErrorKind::Unsupported, text))
     }
 
     /// The NUMA node that the device hangs on, where the system tells: the arena belongs there.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::carrier::Carrier;
 use super::engine::{Io, Registration};
 use super::files::OsFiles;
 use super::pool::{Job, Pool};
@@ -44,6 +45,8 @@ pub struct BackendConfig {
     pub affinity: Vec<usize>,
     /// Requests that may wait in each reactor and class (`waiting_queue_depth`).
     pub queue_depth: usize,
+    /// Who carries transfers in place of the kernel; every directory must suit it.
+    pub carrier: Option<Arc<dyn Carrier>>,
 }
 
 impl Default for BackendConfig {
@@ -57,6 +60,7 @@ impl Default for BackendConfig {
             io_bytes: 4 << 20,
             affinity: Vec::new(),
             queue_depth: 8192,
+            carrier: None,
         }
     }
 }
@@ -89,7 +93,10 @@ impl Backend {
         let probing = (directory.to_path_buf(), config.clone(), Arc::clone(&files));
         pool.run(Box::new(move || {
             let (directory, config, files) = probing;
-            let _ = sender.send(probe::probe(&directory, &config, &files));
+            let found = probe::probe(&directory, &config, &files);
+            // A carrier that was refused is down when the caller knows it.
+            drop(config);
+            let _ = sender.send(found);
         }))?;
         let patience = deadline.saturating_duration_since(Instant::now());
         let findings = receiver.recv_timeout(patience).map_err(|error| match error {
@@ -279,7 +286,8 @@ impl Backend {
         Ok(())
     }
 
-    fn note(&self, fallback: Fallback) {
+    /// Adds to the report something that was refused.
+    pub fn note(&self, fallback: Fallback) {
         tell_once(&fallback);
         let mut facts = self.facts.lock();
         if !facts.fallbacks.contains(&fallback) {

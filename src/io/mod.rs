@@ -6,6 +6,7 @@
 //! requests (io_uring, psync, sim) is decided by a probe at open and visible in stats.
 
 pub mod backend;
+pub mod carrier;
 #[cfg(test)]
 mod conformance;
 pub mod engine;

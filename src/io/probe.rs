@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::backend::BackendConfig;
+use super::carrier::Carrier;
 use super::engine::{Io, Op, Patience};
 use super::files::OsFiles;
 use super::psync::Psync;
@@ -46,7 +47,8 @@ pub fn probe(directory: &Path, config: &BackendConfig, files: &Arc<OsFiles>) -> 
     let (file_system, local) = identify(directory)?;
     let mut fallbacks = Vec::new();
     let trial = Trial::create(directory, config.direct, &file_system, files, &mut fallbacks)?;
-    let engines = choose_engines(config, trial.file.as_ref(), &mut fallbacks)?;
+    let place = (directory, file_system.as_str());
+    let engines = choose_engines(config, place, trial.file.as_ref(), &mut fallbacks)?;
     Ok(Findings { direct: trial.direct, local, file_system, engines, fallbacks })
 }
 
@@ -214,10 +216,16 @@ fn direct_alignment(path: &Path) -> Option<u32> {
 
 fn choose_engines(
     config: &BackendConfig,
+    place: (&Path, &str),
     file: Option<&File>,
     fallbacks: &mut Vec<Fallback>,
 ) -> Result<Vec<Box<dyn Io>>> {
     let threads = config.threads.max(1);
+    if let Some(carrier) = &config.carrier {
+        try_carrier(carrier, file, place)?;
+        let engine = || Box::new(Psync::carried_by(Arc::clone(carrier), config.depth));
+        return Ok((0..threads).map(|_| engine() as Box<dyn Io>).collect());
+    }
     if config.engine != IoEngine::Psync {
         match rings(threads, config.depth, file) {
             Ok(rings) => return Ok(rings),
@@ -242,6 +250,22 @@ fn choose_engines(
         }
     }
     Ok((0..threads).map(|_| Box::new(Psync::new(config.depth)) as Box<dyn Io>).collect())
+}
+
+/// Has the carrier move a page of the trial file.
+fn try_carrier(
+    carrier: &Arc<dyn Carrier>,
+    file: Option<&File>,
+    (directory, file_system): (&Path, &str),
+) -> Result<()> {
+    let tried = match file {
+        Some(file) => carrier.try_out(file).map_err(|error| error.to_string()),
+        None => Err("the directory cannot be written, so that nothing tells".to_owned()),
+    };
+    tried.map_err(|why| {
+        let text = format!("{} does not work on {file_system}: {why}", carrier.name());
+        Error::new(ErrorKind::Unsupported, text).at(directory)
+    })
 }
 
 /// Tries a ring out on the file, then makes the real ones.

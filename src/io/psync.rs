@@ -1,18 +1,19 @@
-//! The engine for places where `io_uring` is refused: threads that call `pread` and `pwrite`.
+//! The engine of threads that block: with `pread` and `pwrite` for places where `io_uring` is refused, with
+//! another [`Carrier`] for memory that the kernel does not reach.
 //!
 //! Owns its threads and their queue. Threads start when operations wait and nobody is free, up to the
 //! depth or [`THREADS_MAX`], and leave after a while without work. Ends are handed out in batches.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::carrier::{Carrier, SystemCalls};
 use super::engine::{Ended, Io, Op, Patience, Token, Wake};
-use super::files::transfer_once;
-use super::{Class, DmaSlice, Operation, thread};
+use super::{Class, CloseWatcher, DmaSlice, FileId, Operation, thread};
 use crate::error::Result;
 
 /// More threads than this cost more in switching than they gain on any drive that psync is used for.
@@ -26,13 +27,17 @@ const IDLE: Duration = Duration::from_secs(5);
 /// A pool of threads that transfer.
 pub struct Psync {
     shared: Arc<Shared>,
+    carrier: Arc<dyn Carrier>,
     depth: u32,
     pushed: Vec<Job>,
+    watcher: Option<Weak<dyn CloseWatcher>>,
 }
 
 struct Job {
+    carrier: Arc<dyn Carrier>,
     token: Token,
     operation: Operation,
+    file: FileId,
     raw: i32,
     offset: u64,
     memory: DmaSlice,
@@ -68,6 +73,11 @@ struct Ends {
 impl Psync {
     /// An engine with `depth` threads, or [`THREADS_MAX`].
     pub fn new(depth: u32) -> Self {
+        Self::carried_by(Arc::new(SystemCalls), depth)
+    }
+
+    /// As [`Psync::new`], with somebody else than the kernel to carry the transfers.
+    pub fn carried_by(carrier: Arc<dyn Carrier>, depth: u32) -> Self {
         let threads = depth.clamp(1, THREADS_MAX);
         let shared = Shared {
             threads_max: threads as usize,
@@ -77,7 +87,13 @@ impl Psync {
             ended: Condvar::new(),
             system_calls: AtomicU64::new(0),
         };
-        Self { shared: Arc::new(shared), depth: threads * HELD_PER_THREAD, pushed: Vec::new() }
+        Self {
+            shared: Arc::new(shared),
+            carrier,
+            depth: threads * HELD_PER_THREAD,
+            pushed: Vec::new(),
+            watcher: None,
+        }
     }
 
     fn start_pushed(&mut self) {
@@ -112,11 +128,13 @@ impl Psync {
 
 impl Io for Psync {
     fn name(&self) -> &'static str {
-        "psync"
+        self.carrier.name()
     }
 
     fn features(&self) -> Vec<String> {
-        vec![format!("up to {} threads", self.shared.threads_max)]
+        let mut features = self.carrier.features();
+        features.push(format!("up to {} threads", self.shared.threads_max));
+        features
     }
 
     fn depth(&self) -> u32 {
@@ -128,9 +146,16 @@ impl Io for Psync {
     }
 
     fn push(&mut self, op: &Op<'_>) {
+        if let Some(watcher) = &self.watcher
+            && self.carrier.keeps(op.memory)
+        {
+            op.file.watch(watcher.clone());
+        }
         self.pushed.push(Job {
+            carrier: Arc::clone(&self.carrier),
             token: op.token,
             operation: op.operation,
+            file: op.file.id(),
             raw: op.file.raw(),
             offset: op.offset,
             memory: op.memory,
@@ -167,6 +192,14 @@ impl Io for Psync {
         Ok(())
     }
 
+    fn set_close_watcher(&mut self, watcher: Weak<dyn CloseWatcher>) {
+        self.watcher = Some(watcher);
+    }
+
+    fn forget_file(&mut self, file: FileId) {
+        self.carrier.forget(file);
+    }
+
     fn system_calls(&self) -> u64 {
         self.shared.system_calls.load(Ordering::Relaxed)
     }
@@ -199,7 +232,7 @@ impl Shared {
         loop {
             if let Some(job) = jobs.next() {
                 drop(jobs);
-                self.transfer(&job);
+                self.transfer(job);
                 jobs = self.jobs.lock();
                 continue;
             }
@@ -216,14 +249,19 @@ impl Shared {
         jobs.threads -= 1;
     }
 
-    fn transfer(&self, job: &Job) {
+    fn transfer(&self, job: Job) {
         // SAFETY: the contract of `Io::push`: file and memory stay valid until the end is handed out,
         // which is after this call.
-        let result = unsafe { transfer_once(job.operation, job.raw, job.offset, job.memory) };
+        let result = unsafe {
+            job.carrier.transfer(job.operation, job.file, job.raw, job.offset, job.memory)
+        };
         self.system_calls.fetch_add(1, Ordering::Relaxed);
+        let token = job.token;
+        // Before the end is known: who has drained the engine may take the carrier down.
+        drop(job);
         let mut ends = self.ends.lock();
         // Below 2^31: a single call moves at most 0x7fff_f000 bytes.
-        ends.ready.push(Ended { token: job.token, result: result as i32 });
+        ends.ready.push(Ended { token, result: result as i32 });
         let wake = ends.wanted > 0 && ends.ready.len() >= ends.wanted;
         drop(ends);
         if wake {

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use super::flights::{Failure, Flight};
-use super::{Class, DmaSlice, Done, File, Operation};
+use super::{Class, DmaSlice, Done, File, Operation, carrier};
 use crate::error::{Error, ErrorKind};
 
 /// A request that has not ended.
@@ -47,7 +47,12 @@ pub(super) fn describe(failure: Failure, flight: &Flight, file: &File) -> Error 
                 Operation::Read => "read",
                 Operation::Write => "write",
             };
-            Error::os(operation, Some(file.path()), Some(at), errno)
+            match carrier::describe(errno) {
+                Some((kind, text)) => {
+                    Error::new(kind, format!("{operation} at byte {at}: {text}")).at(file.path())
+                }
+                None => Error::os(operation, Some(file.path()), Some(at), errno),
+            }
         }
         Failure::EndOfFile => Error::new(
             ErrorKind::Corrupt,

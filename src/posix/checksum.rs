@@ -467,7 +467,9 @@ mod tests {
             let hashes: Vec<u64> = wanted.iter().map(hash).collect();
             assert_eq!(PartChecksums::of_hashes(part_bytes, shard_bytes, &hashes), here);
             let part = id.claim_part(part_bytes, here.part);
-            assert!(part.wanted == wanted[0] && part.holds(hashes[0]) && !part.holds(hashes[0] ^ 1));
+            assert!(
+                part.wanted == wanted[0] && part.holds(hashes[0]) && !part.holds(hashes[0] ^ 1)
+            );
             for ((unit, sum), (wanted, hash)) in
                 (0..).zip(&here.units).zip(wanted[1..].iter().zip(&hashes[1..]))
             {
@@ -475,7 +477,10 @@ mod tests {
                 assert!(claim.wanted == *wanted && claim.holds(*hash) && !claim.holds(*hash ^ 1));
             }
         }
-        assert!(!id.claim_unit(9, 0, 4096, NO_CHECKSUM).holds(NO_CHECKSUM), "a unit that is not there");
+        assert!(
+            !id.claim_unit(9, 0, 4096, NO_CHECKSUM).holds(NO_CHECKSUM),
+            "a unit that is not there"
+        );
     }
 
     /// Pinned values: the checksum is part of the format and may never change.

@@ -59,8 +59,8 @@ impl Drop for End<'_> {
                 "the store closed with transfers that never ended; their memory is leaked"
             ));
             std::mem::forget(Arc::clone(engine));
-        } else if let Some(arena) = &engine.arena {
-            engine.device.unpin(arena.base());
+        } else if let Some(slots) = &engine.slots {
+            engine.device.unpin(slots.start());
         }
         engine.closed.store(true, Ordering::Release);
         engine.live_tasks().iter().for_each(|task| task.store_is_closed());

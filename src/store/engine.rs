@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::fresh::Fresh;
 use super::regions::Regions;
+use super::slots::Slots;
 use crate::block::PartKey;
 use crate::clock::{Clock, Ticket};
 use crate::completion::CompletionQueue;
@@ -21,10 +22,9 @@ use crate::device::{Device, Direction, Staging};
 use crate::error::{Error, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::Backend;
-use crate::io::{Class, DmaSlice, thread};
+use crate::io::{DmaSlice, thread};
 use crate::layout::Layout;
 use crate::log::{self, Level};
-use crate::mem::arena::Arena;
 use crate::metrics::Metrics;
 use crate::parts::{Action, PartId, Parts, Unit};
 use crate::posix::{Extent, Tier};
@@ -59,7 +59,7 @@ pub(super) struct Engine {
     pub arena_lost: AtomicBool,
     pub itself: Weak<Engine>,
     /// Dropped last: everything above may point into it.
-    pub arena: Option<Arena>,
+    pub slots: Option<Slots>,
 }
 
 /// A task that has not ended.
@@ -78,15 +78,16 @@ impl Engine {
         self.tier.as_ref().expect("parts are stored and read only where there is storage")
     }
 
-    /// First byte of a slot.
-    pub(super) fn slot_base(&self, slot: u32) -> *mut u8 {
-        let arena = self.arena.as_ref().expect("a store that transfers has an arena");
-        let offset = slot as usize * self.config.geometry.extent_bytes() as usize;
-        debug_assert!(offset + self.config.geometry.extent_bytes() as usize <= arena.len());
-        arena.base().wrapping_add(offset)
+    pub(super) fn slots(&self) -> &Slots {
+        self.slots.as_ref().expect("a store that transfers has slots")
     }
 
-    /// The first `length` bytes of a slot.
+    /// First byte of a slot's payload.
+    pub(super) fn slot_base(&self, slot: u32) -> *mut u8 {
+        self.slots().base(slot)
+    }
+
+    /// The first `length` bytes of a slot's payload.
     pub(super) fn slot_memory(&self, slot: u32, length: u64) -> DmaSlice {
         DmaSlice { pointer: self.slot_base(slot), length: length as usize }
     }
@@ -181,25 +182,25 @@ impl Engine {
     }
 
     fn seal(&self, part: PartId, slot: u32, extent: Extent) -> Vec<Job> {
+        if let Some(memory) = self.slots().device() {
+            return self.seal_on_device(part, slot, extent, memory);
+        }
         let geometry = &self.config.geometry;
-        let (base, bytes) = (self.slot_base(slot), geometry.part_bytes as usize);
-        let trailer = base.wrapping_add(geometry.payload_bytes() as usize);
+        let (payload, trailer) = (self.slots().host_payload(slot), self.slots().trailer(slot));
+        let payload = payload.expect("slots that are not on the device are in host memory");
+        let padding = geometry.payload_bytes() as usize - payload.length;
         let shard_bytes = geometry.shard_bytes.min(geometry.part_bytes);
-        let payload = self.slot_memory(slot, geometry.part_bytes);
-        // SAFETY: the slot has `extent_bytes` bytes, the padding and the trailer page are its end, and in
+        // SAFETY: in the slot the padding follows the payload and the trailer page the padding, and in
         // state Storing the bytes are only read (scatters); nobody reads the padding or the trailer.
         unsafe {
-            base.add(bytes).write_bytes(0, geometry.payload_bytes() as usize - bytes);
-            self.tier().seal(&extent, &[payload], shard_bytes, trailer);
+            payload.pointer.add(payload.length).write_bytes(0, padding);
+            self.tier().seal(&extent, &[payload], shard_bytes, trailer.pointer);
         }
-        let engine = self.this();
-        let whole = self.slot_memory(slot, geometry.extent_bytes());
-        let done = Box::new(move |result| engine.stored(part, &result));
-        self.tier().write(extent, vec![whole], Class::Save, None, done);
+        self.write_slot(part, slot, extent);
         Vec::new()
     }
 
-    fn stored(&self, part: PartId, result: &Result<()>) {
+    pub(super) fn stored(&self, part: PartId, result: &Result<()>) {
         if let Err(error) = result {
             log::once(Level::Warning, "save failed", format_args!("a save failed: {error}"));
         }

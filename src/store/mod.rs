@@ -6,14 +6,17 @@
 //! `open.rs` and `close.rs` are the two ends of its life.
 
 mod close;
+mod device_hash;
 mod direct;
 mod engine;
 mod fresh;
+mod gpu_direct;
 mod hold;
 mod lookup;
 mod open;
 mod read;
 mod regions;
+mod slots;
 mod stats;
 mod submit;
 

@@ -8,17 +8,20 @@ use parking_lot::{Condvar, Mutex};
 
 use super::engine::Engine;
 use super::fresh::Fresh;
+use super::gpu_direct::{self, Answer};
 use super::regions::Regions;
+use super::slots::Slots;
 use crate::block::PartKey;
 use crate::cache::shared::{SharedReaders, SharedScope, SharedTable, View};
 use crate::clock::Clock;
 use crate::completion::CompletionQueue;
-use crate::config::{Config, Facility, NumaPolicy, Storage};
+use crate::config::{Config, DirectIo, Facility, NumaPolicy, Storage};
 use crate::copy::{CopyPool, Owner};
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::{Backend, BackendConfig};
+use crate::io::carrier::Carrier;
 use crate::io::thread;
 use crate::layout::Layout;
 use crate::log::{self, Level};
@@ -91,24 +94,20 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         log::once(Level::Warning, warning, format_args!("{warning}"));
     }
     let layout = Arc::new(Layout::new(&config.geometry)?);
-    device::check_gpu_direct(config.gpu_direct)?;
     let device = match platform.device {
         Some(device) => device,
         None => device::open(config.device, config.device_id)?,
     };
-    let arena = map_arena(&config, &*device)?;
-    // The deadline is the directories' alone: to touch and register a large arena takes longer, which is no
-    // sign of a mount that hangs.
-    let probing = Instant::now();
-    let backends = match platform.backends {
-        Some(backends) => backends,
-        None => open_backends(&config, probing + config.timeout)?,
+    let ground = match gpu_direct::open(&config, &device, platform.backends.is_some())? {
+        Answer::Direct(ground) => ground,
+        Answer::Pinned => open_pinned(&config, &device, platform.backends)?,
+        Answer::Refused(fallback) => {
+            let ground = open_pinned(&config, &device, platform.backends)?;
+            ground.backends.iter().for_each(|backend| backend.note(fallback.clone()));
+            ground
+        }
     };
-    let left = config.timeout.saturating_sub(probing.elapsed());
-    let pinned = match &arena {
-        Some(arena) => Some(register_arena(arena, &backends, &device, config.register_memory)?),
-        None => None,
-    };
+    let Ground { slots, backends, pinned, left } = ground;
     let tier = match config.pipeline.storage {
         Storage::Posix => Some(open_tier(&config, &backends, Instant::now() + left)?),
         Storage::Empty => None,
@@ -137,7 +136,7 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         poison: OnceLock::new(),
         arena_lost: AtomicBool::new(false),
         itself: itself.clone(),
-        arena,
+        slots,
         device,
         config,
     });
@@ -157,14 +156,27 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
     Ok(engine)
 }
 
-/// An arena that the device has pinned, while the store is being opened: an open that fails later unpins
-/// it before it is unmapped.
-struct Pinned {
+/// What a store stands on: staging memory, and directories that transfer from and to it.
+pub(super) struct Ground {
+    pub(super) slots: Option<Slots>,
+    pub(super) backends: Vec<Arc<Backend>>,
+    pub(super) pinned: Option<Pinned>,
+    /// Of the time for the directories.
+    pub(super) left: Duration,
+}
+
+/// Staging memory that the device knows, while the store is being opened: an open that fails later has the
+/// device forget it before it is unmapped.
+pub(super) struct Pinned {
     device: Arc<dyn Device>,
     base: Option<*mut u8>,
 }
 
 impl Pinned {
+    pub(super) fn new(device: Arc<dyn Device>, base: *mut u8) -> Self {
+        Self { device, base: Some(base) }
+    }
+
     fn keep(mut self) {
         self.base = None;
     }
@@ -191,8 +203,31 @@ fn rules(config: &Config) -> Rules {
     }
 }
 
-fn slot_count(config: &Config) -> u64 {
+pub(super) fn slot_count(config: &Config) -> u64 {
     (config.cache_bytes / config.geometry.extent_bytes()).min(u64::from(u32::MAX))
+}
+
+/// Staging in host memory: the arena, registered with what the directories run on and with the device.
+fn open_pinned(
+    config: &Config,
+    device: &Arc<dyn Device>,
+    given: Option<Vec<Arc<Backend>>>,
+) -> Result<Ground> {
+    let arena = map_arena(config, &**device)?;
+    // The deadline is the directories' alone: to touch and register a large arena takes longer, which is no
+    // sign of a mount that hangs.
+    let probing = Instant::now();
+    let backends = match given {
+        Some(backends) => backends,
+        None => open_backends(config, probing + config.timeout, None)?,
+    };
+    let left = config.timeout.saturating_sub(probing.elapsed());
+    let pinned = match &arena {
+        Some(arena) => Some(register_arena(arena, &backends, device, config.register_memory)?),
+        None => None,
+    };
+    let slots = arena.map(|arena| Slots::in_host(&config.geometry, arena));
+    Ok(Ground { slots, backends, pinned, left })
 }
 
 fn map_arena(config: &Config, device: &dyn Device) -> Result<Option<Arena>> {
@@ -207,22 +242,13 @@ fn map_arena(config: &Config, device: &dyn Device) -> Result<Option<Arena>> {
         );
         log::once(Level::Info, "share_buffer_enable", text);
     }
-    let (slots, slot_bytes) = (slot_count(config), config.geometry.extent_bytes());
-    if slots < 2 {
-        let text = format!(
-            "cache_buffer_capacity_gb: {:.3} GiB hold {slots} parts of {} bytes; two at least are needed, {:.3} GiB",
-            config.cache_bytes as f64 / (1u64 << 30) as f64,
-            config.geometry.part_bytes,
-            (2 * slot_bytes) as f64 / (1u64 << 30) as f64,
-        );
-        return Err(Error::new(ErrorKind::InvalidConfig, text));
-    }
+    check_slots(config)?;
     let numa_node = match config.numa {
         NumaPolicy::Off => None,
         NumaPolicy::Node(node) => Some(node),
         NumaPolicy::Auto => device.numa_node().or_else(|| numa::node_of_cpus(&config.cpu_affinity)),
     };
-    let bytes = (slots * slot_bytes) as usize;
+    let bytes = (slot_count(config) * config.geometry.extent_bytes()) as usize;
     let request =
         ArenaRequest { bytes, numa_node, huge_pages: config.huge_pages, ranks: config.local_ranks };
     let arena = Arena::open(&request)?;
@@ -232,15 +258,36 @@ fn map_arena(config: &Config, device: &dyn Device) -> Result<Option<Arena>> {
     Ok(Some(arena))
 }
 
-fn open_backends(config: &Config, deadline: Instant) -> Result<Vec<Arc<Backend>>> {
+/// Whether there is room for one part that loads and one that saves.
+pub(super) fn check_slots(config: &Config) -> Result<()> {
+    let (slots, slot_bytes) = (slot_count(config), config.geometry.extent_bytes());
+    if slots >= 2 {
+        return Ok(());
+    }
+    let text = format!(
+        "cache_buffer_capacity_gb: {:.3} GiB hold {slots} parts of {} bytes; two at least are needed, {:.3} GiB",
+        config.cache_bytes as f64 / (1u64 << 30) as f64,
+        config.geometry.part_bytes,
+        (2 * slot_bytes) as f64 / (1u64 << 30) as f64,
+    );
+    Err(Error::new(ErrorKind::InvalidConfig, text))
+}
+
+pub(super) fn open_backends(
+    config: &Config,
+    deadline: Instant,
+    carrier: Option<Arc<dyn Carrier>>,
+) -> Result<Vec<Arc<Backend>>> {
     let io = BackendConfig {
         engine: config.io_engine,
-        direct: config.io_direct,
+        // Only files past the page cache are carried to where the CPU does not reach.
+        direct: if carrier.is_some() { DirectIo::Required } else { config.io_direct },
         threads: config.io_threads,
         depth: config.io_depth,
         io_bytes: config.io_bytes,
         affinity: config.cpu_affinity.clone(),
         queue_depth: (rules(config).slots as usize).clamp(QUEUE_MIN, QUEUE_MAX),
+        carrier,
     };
     // Of several directories one may hang: the others still need time, to read what is in them.
     let now = Instant::now();
@@ -311,7 +358,7 @@ fn register_arena(
             format_args!("the arena is not pinned for the device, copies are slower: {error}");
         log::once(Level::Warning, "arena pin", text);
     }
-    Ok(Pinned { device: Arc::clone(device), base: Some(arena.base()) })
+    Ok(Pinned::new(Arc::clone(device), arena.base()))
 }
 
 fn open_tier(config: &Config, backends: &[Arc<Backend>], deadline: Instant) -> Result<Arc<Tier>> {

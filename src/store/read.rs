@@ -69,8 +69,7 @@ impl Engine {
     }
 
     fn trailer_memory(&self, slot: u32) -> DmaSlice {
-        let at = self.config.geometry.payload_bytes() as usize;
-        DmaSlice { pointer: self.slot_base(slot).wrapping_add(at), length: PAGE }
+        self.slots().trailer(slot)
     }
 
     /// One of the two reads of a first piece has ended.
@@ -161,18 +160,23 @@ impl Engine {
         };
         let landing =
             if self.device.is_host() { self.parts.lock().land(piece) } else { Vec::new() };
-        let outcome = match (&piece.check, trailer) {
-            (Check::Whole, _) => self.verify_whole(piece, &landing),
-            (_, trailer) => self.verify_shards(piece, trailer, &landing),
+        let outcome = match (self.slots().device(), &piece.check) {
+            (Some(memory), _) => self.verify_on_device(piece, trailer, memory),
+            (None, Check::Whole) => self.verify_whole(piece, &landing),
+            (None, _) => self.verify_shards(piece, trailer, &landing),
         };
-        if let Outcome::Bad { .. } = outcome {
+        // A device that failed says nothing of the bytes.
+        if let Outcome::Bad { error, .. } = &outcome
+            && error.kind() != ErrorKind::Device
+        {
             self.metrics.verify_failures.add(1);
         }
         self.piece_ended(piece, outcome, landing)
     }
 
     fn verify_whole(&self, piece: &Piece, landing: &[Unit]) -> Outcome {
-        let payload = self.slot_memory(piece.slot, self.config.geometry.part_bytes);
+        let payload = self.slots().host_payload(piece.slot);
+        let payload = payload.expect("slots that are not on the device are in host memory");
         let mut runs = self.runs(piece.shards.clone(), landing);
         // SAFETY: the piece is the whole part and its read has ended; until `read_ended` nobody else touches
         // the slot. The runs are memory that `land` has claimed.

@@ -167,7 +167,7 @@ impl Engine {
         metrics.slots_held.set(u64::from(held));
         metrics.parts_partial.set(u64::from(partial));
         metrics.parts_waiting.set(queued as u64);
-        metrics.arena_bytes.set(self.arena.as_ref().map_or(0, |arena| arena.len() as u64));
+        metrics.arena_bytes.set(self.slots.as_ref().map_or(0, |slots| slots.bytes() as u64));
         metrics.tasks.set(self.tasks.lock().len() as u64);
         self.update_storage_metrics();
     }

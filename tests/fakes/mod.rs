@@ -4,6 +4,8 @@
 //! variable, so tests that use fakes hold the [`Fake`] they got: one at a time.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod cufile;
+
 use std::ffi::{CString, c_char, c_int, c_long, c_uint, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -66,8 +68,13 @@ pub fn folder() -> &'static Path {
     FOLDER.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let source = root.join("ffi-tests/stub");
-        let mut text = std::fs::read(root.join("src/device/cuda/copy_args.h")).unwrap();
-        for file in ["machine.h", "machine.c", "cuda.c", "ascendcl.c"] {
+        let mut text = Vec::new();
+        for file in ["copy_args.h", "hash_args.h"] {
+            text.extend(std::fs::read(root.join("src/device/cuda").join(file)).unwrap());
+        }
+        for file in
+            ["machine.h", "machine.c", "cuda.c", "xxh3.h", "xxh3.c", "ascendcl.c", "cufile.c"]
+        {
             text.extend(std::fs::read(source.join(file)).unwrap());
         }
         let mut hasher = std::hash::DefaultHasher::new();
@@ -80,11 +87,15 @@ pub fn folder() -> &'static Path {
         // Built aside and renamed, so that nobody finds half of them.
         let folder = built.with_extension(std::process::id().to_string());
         std::fs::create_dir_all(&folder).unwrap();
-        for (file, main, flags) in [
-            ("libcuda.so.1", "cuda.c", ""),
-            ("libcuda-old.so.1", "cuda.c", "-DUCM_STUB_OLD"),
-            ("libascendcl.so", "ascendcl.c", ""),
-            ("libascendcl-old.so", "ascendcl.c", "-DUCM_STUB_OLD"),
+        let (cuda, ascend) =
+            (&["cuda.c", "xxh3.c", "machine.c"][..], &["ascendcl.c", "machine.c"][..]);
+        for (file, sources, flags) in [
+            ("libcuda.so.1", cuda, ""),
+            ("libcuda-old.so.1", cuda, "-DUCM_STUB_OLD"),
+            ("libascendcl.so", ascend, ""),
+            ("libascendcl-old.so", ascend, "-DUCM_STUB_OLD"),
+            ("libcufile.so.0", &["cufile.c"][..], ""),
+            ("libcufile-old.so.0", &["cufile.c"][..], "-DUCM_STUB_OLD"),
         ] {
             let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
             let status = Command::new(&compiler)
@@ -92,8 +103,10 @@ pub fn folder() -> &'static Path {
                 .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fPIC"])
                 .args(["-shared", "-pthread", "-fvisibility=hidden"])
                 .args(Some(flags).filter(|flags| !flags.is_empty()))
-                .args([main, "machine.c", "-o"])
+                .args(sources)
+                .arg("-o")
                 .arg(folder.join(file))
+                .arg("-ldl")
                 .status()
                 .unwrap_or_else(|e| panic!("{compiler}: {e}; a C compiler is needed"));
             assert!(status.success(), "{file} does not build");

@@ -19,7 +19,7 @@ const STORE_TESTS: [&str; 9] = [
 ];
 
 /// The tests of the devices themselves, which take fakes as they need them.
-const DEVICE_TESTS: [&str; 2] = ["device_fakes", "device_store"];
+const DEVICE_TESTS: [&str; 3] = ["device_fakes", "device_store", "device_direct"];
 
 /// Seconds of the run with many processes: it is about drives, which the plain run tries for longer.
 const SOAK_SECONDS: &str = "10";

@@ -27,6 +27,7 @@ pub(super) const ERROR_HOST_MEMORY_ALREADY_REGISTERED: c_int = 712;
 pub(super) const ERROR_HOST_MEMORY_NOT_REGISTERED: c_int = 713;
 
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
+pub(super) const EVENT_BLOCKING_SYNC: c_uint = 1;
 pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
 pub(super) const HOST_PORTABLE: c_uint = 1;
 pub(super) const HOST_DEVICEMAP: c_uint = 2;
@@ -125,6 +126,9 @@ function_table! {
     optional {
         cuCtxGetId: fn(*mut c_void, *mut u64);
         cuPointerGetAttribute: fn(*mut c_void, c_int, Address);
+        cuEventSynchronize: fn(*mut c_void);
+        cuMemcpyHtoD: fn(Address, *const c_void, usize);
+        cuMemcpyDtoH: fn(*mut c_void, Address, usize);
         cuModuleLoadData: fn(*mut *mut c_void, *const c_void);
         cuModuleUnload: fn(*mut c_void);
         cuModuleGetFunction: fn(*mut *mut c_void, *mut c_void, *const c_char);
@@ -149,6 +153,8 @@ const SUFFIXED: &[(&str, &CStr)] = &[
     ("cuMemFree", c"cuMemFree_v2"),
     ("cuMemGetAddressRange", c"cuMemGetAddressRange_v2"),
     ("cuMemcpy2DAsync", c"cuMemcpy2DAsync_v2"),
+    ("cuMemcpyHtoD", c"cuMemcpyHtoD_v2"),
+    ("cuMemcpyDtoH", c"cuMemcpyDtoH_v2"),
 ];
 
 type GetProcAddress =

@@ -238,6 +238,28 @@ impl Cuda {
         }
     }
 
+    /// Where both sides are memory of the device, one kernel moves all pieces; without kernels, copies do.
+    ///
+    /// # Safety
+    /// As `Driver::copy`; memory and staging are memory of this device.
+    pub(super) unsafe fn copy_on_device(
+        &self,
+        stream: Stream,
+        direction: Direction,
+        pieces: &[Piece],
+    ) -> Result<(), Fault> {
+        let fits = |piece: &&Piece| self.kernels.is_some() && piece.bytes() <= PIECE_BYTES_MAX;
+        let (small, large): (Vec<Piece>, Vec<Piece>) = pieces.iter().partition(fits);
+        // SAFETY: passed on from the caller.
+        unsafe {
+            large.iter().try_for_each(|piece| self.copy_plain(stream, direction, piece))?;
+            let Some(kernels) = &self.kernels else { return Ok(()) };
+            kernels.launch(&self.api, stream, direction, &small, Linear::Local, |at| {
+                small[at].staging as u64
+            })
+        }
+    }
+
     /// # Safety
     /// As `Driver::copy`; `bounce` is the lane's buffer, used by this stream alone, in its order.
     unsafe fn copy_bounced(

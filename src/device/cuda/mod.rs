@@ -8,9 +8,12 @@
 mod api;
 mod calibrate;
 mod copy;
+mod hash;
 mod kernel;
+mod staging;
 
 use std::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 use api::Api;
 use kernel::Kernels;
@@ -20,7 +23,7 @@ use super::engine::{
     Accelerator, Choices, Driver, Event, Fault, HostFunction, Piece, Progress, Reach, Registration,
     Strategy, StrategySet, Stream,
 };
-use super::{Direction, Report};
+use super::{DeviceStaging, Direction, Report};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Chooses a strategy by name instead of measuring: `plain`, `batch`, `bounce` or `kernel`.
@@ -459,6 +462,10 @@ impl Driver for Cuda {
         self.api.check("cuMemHostUnregister", status)
     }
 
+    fn staging(self: &Arc<Self>, bytes: usize) -> Result<Arc<dyn DeviceStaging>> {
+        staging::allocate(self, bytes)
+    }
+
     fn open_lane(&self) -> std::result::Result<Lane, Fault> {
         // Without the buffer its pieces are batched: slower, not wrong.
         let bounce =
@@ -490,6 +497,10 @@ impl Driver for Cuda {
         staging: Registration,
     ) -> std::result::Result<(), Fault> {
         lane.ranges.borrow_mut().clear();
+        if let (Reach::Device, Registration::OnDevice) = (reach, staging) {
+            // SAFETY: the caller vouches for the memory; both sides are memory of this device.
+            return unsafe { self.copy_on_device(stream, direction, pieces) };
+        }
         let strategy = match (reach, staging) {
             (Reach::Device, Registration::Pinned { .. }) => self.strategy(direction, pieces, lane),
             _ => Strategy::Plain,

@@ -12,7 +12,7 @@ use super::event::{EventPool, PooledEvent};
 use super::gate::{Captured, Gates};
 use super::queue::CopyQueue;
 use super::watch::{Waker, Watch};
-use crate::device::{CapturedEvent, CopyStream, Device, Marker, Report, Wake};
+use crate::device::{CapturedEvent, CopyStream, Device, DeviceStaging, Marker, Report, Wake};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Events made at open, so that submitting rarely makes one.
@@ -180,14 +180,25 @@ impl<D: Driver> Device for Accelerator<D> {
         let Some(at) = ranges.iter().position(|range| range.base == base as usize) else { return };
         let range = ranges.swap_remove(at);
         drop(ranges);
-        // What somebody else had pinned before is theirs to unpin.
-        if range.registration != Registration::Pageable
+        // What somebody else had pinned before is theirs to unpin; memory of the device frees itself.
+        if matches!(range.registration, Registration::Pinned { .. })
             && self.shared.lost().is_none()
             && let Ok(_entered) = self.shared.driver.enter()
         {
             // A refusal leaves the pages pinned until the context goes; nothing else can be done.
             let _ = self.shared.driver.unregister(base);
         }
+    }
+
+    fn staging(&self, bytes: usize) -> Result<Arc<dyn DeviceStaging>> {
+        self.shared.healthy()?;
+        let staging = self.shared.driver.staging(bytes)?;
+        self.shared.ranges.write().push(Range {
+            base: staging.base() as usize,
+            length: staging.bytes(),
+            registration: Registration::OnDevice,
+        });
+        Ok(staging)
     }
 
     fn open_stream(&self, wake: Wake) -> Result<Box<dyn CopyStream>> {

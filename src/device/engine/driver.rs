@@ -1,10 +1,11 @@
 //! The calls that a vendor's driver offers, in one shape. Knows no job and no task.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use super::plan::Piece;
-use crate::device::Direction;
-use crate::error::Error;
+use crate::device::{DeviceStaging, Direction};
+use crate::error::{Error, ErrorKind};
 
 /// A stream of the device's runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub(in crate::device) struct Fault {
 /// Called by the driver on a thread of its own.
 pub(in crate::device) type HostFunction = unsafe extern "C" fn(*mut c_void);
 
-/// Host memory as the device knows it.
+/// Staging memory as the device knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::device) enum Registration {
     /// Not registered: copies go through memory of the driver or of ours.
@@ -64,6 +65,8 @@ pub(in crate::device) enum Registration {
         /// What to add to a host address to get the device's address of it (wrapping).
         offset: usize,
     },
+    /// Memory of the device itself.
+    OnDevice,
 }
 
 /// One vendor's calls. Methods other than `enter` are called between `enter` and the drop of its guard.
@@ -115,6 +118,12 @@ pub(in crate::device) trait Driver: Send + Sync + Sized + 'static {
     /// The range is mapped until `unregister` returns.
     unsafe fn register(&self, base: *mut u8, length: usize) -> Result<Registration, Fault>;
     fn unregister(&self, base: *mut u8) -> Result<(), Fault>;
+
+    /// Allocates staging memory on the device.
+    fn staging(self: &Arc<Self>, _bytes: usize) -> Result<Arc<dyn DeviceStaging>, Error> {
+        let text = format!("device: {} has no memory that a drive could reach", Self::KIND);
+        Err(Error::new(ErrorKind::Unsupported, text))
+    }
 
     fn open_lane(&self) -> Result<Self::Lane, Fault>;
     fn close_lane(&self, lane: Self::Lane);

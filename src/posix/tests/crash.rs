@@ -22,8 +22,8 @@ fn tier_on(disk: &SimDisk, durability: Durability) -> crate::error::Result<Arc<T
             threads: 1,
             depth: 8,
             io_bytes: 1 << 20,
-            affinity: Vec::new(),
             queue_depth: 1024,
+            ..BackendConfig::default()
         },
     );
     let scope = Scope { parts: 0..1, tail: Tail::Own };

@@ -66,8 +66,8 @@ pub fn backend_with(directory: &Path, direct: DirectIo) -> Arc<Backend> {
         threads: 1,
         depth: 8,
         io_bytes: 1 << 20,
-        affinity: Vec::new(),
         queue_depth: 4096,
+        ..BackendConfig::default()
     };
     Backend::open(directory, &config, deadline()).unwrap()
 }
@@ -103,8 +103,8 @@ pub fn sim_backend(disk: &SimDisk) -> Arc<Backend> {
             threads: 1,
             depth: 8,
             io_bytes: 1 << 20,
-            affinity: Vec::new(),
             queue_depth: 1024,
+            ..BackendConfig::default()
         },
     )
 }

@@ -1,0 +1,133 @@
+//! cuFile itself, open in this process without any way through host memory.
+//!
+//! cuFile is one for a process, and takes settings only before it is opened: settings that were made and not
+//! used are forgotten by an open that fails. So stores share it, and one lock is held from the settings to the
+//! end of the opening, and while it is closed.
+
+use std::ffi::c_uint;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::api::{Api, DRIVER_ALREADY_OPEN, INDIRECT_FLAGS, INDIRECT_PARAMETERS, Properties};
+use crate::error::{Error, ErrorKind, Result};
+
+struct Open {
+    api: Arc<Api>,
+    /// What was found, for reports.
+    features: Vec<String>,
+    users: usize,
+    /// Somebody else in the process had opened it, and will close it.
+    borrowed: bool,
+}
+
+static OPEN: Mutex<Option<Open>> = Mutex::new(None);
+
+/// A use of cuFile; it stays open while there is one.
+pub(super) struct Driver {
+    api: Arc<Api>,
+    features: Vec<String>,
+}
+
+impl Driver {
+    /// Opens cuFile, or joins those who have.
+    ///
+    /// # Errors
+    /// What is missing, or which setting allows a way through host memory.
+    pub(super) fn open() -> Result<Self> {
+        let mut open = OPEN.lock();
+        let open = match &mut *open {
+            Some(open) => open,
+            none => none.insert(start()?),
+        };
+        open.users += 1;
+        Ok(Self { api: Arc::clone(&open.api), features: open.features.clone() })
+    }
+
+    pub(super) fn api(&self) -> &Api {
+        &self.api
+    }
+
+    pub(super) fn features(&self) -> &[String] {
+        &self.features
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let mut open = OPEN.lock();
+        let Some(last) = open.as_mut() else { return };
+        last.users -= 1;
+        if last.users > 0 {
+            return;
+        }
+        if !last.borrowed {
+            // SAFETY: opened by `start`, and nobody uses it any more. A refusal leaves it open, which is harmless.
+            let _ = unsafe { (last.api.functions.driver_close)() };
+        }
+        *open = None;
+    }
+}
+
+/// Opens cuFile with every way through host memory forbidden.
+fn start() -> Result<Open> {
+    let api = Api::load()?;
+    if let Some(set) = api.functions.set_bool {
+        for parameter in INDIRECT_PARAMETERS {
+            // SAFETY: any parameter may be named. What this version does not know it refuses, and what could
+            // not be set because cuFile is open already shows in the properties below.
+            let _ = unsafe { set(*parameter, false) };
+        }
+    }
+    // SAFETY: no arguments; the lock keeps others of this library from it.
+    let status = unsafe { (api.functions.driver_open)() };
+    let borrowed = status.code == DRIVER_ALREADY_OPEN;
+    if !borrowed {
+        api.check("cuFileDriverOpen", status)?;
+    }
+    let found = features(&api);
+    if found.is_err() && !borrowed {
+        // SAFETY: opened just now.
+        let _ = unsafe { (api.functions.driver_close)() };
+    }
+    Ok(Open { features: found?, api: Arc::new(api), users: 0, borrowed })
+}
+
+/// What runs; an error where bytes could go through host memory.
+fn features(api: &Api) -> Result<Vec<String>> {
+    let mut properties = Properties::default();
+    // SAFETY: the place is larger than the structure of any version so far.
+    let status = unsafe { (api.functions.properties)(&mut properties) };
+    api.check("cuFileDriverGetProperties", status)?;
+    if let Some(setting) = indirect(properties.control_flags) {
+        let text = format!(
+            "{} is open in this process with {setting}, so bytes may go through host memory; set it to false in \
+             /etc/cufile.json (or the file that CUFILE_ENV_PATH_JSON names)",
+            api.name
+        );
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    let module = match (properties.driver_major, properties.driver_minor) {
+        (0, 0) => "without nvidia-fs".into(),
+        (major, minor) => format!("nvidia-fs {major}.{minor}"),
+    };
+    Ok(vec![api.name.clone(), module, "compatibility mode forbidden".into()])
+}
+
+fn indirect(flags: c_uint) -> Option<&'static str> {
+    INDIRECT_FLAGS.iter().find(|(bit, _)| flags & bit != 0).map(|(_, setting)| *setting)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: each way through host memory is recognised by its bit, and polling is none.
+    #[test]
+    fn ways_through_host_memory_are_recognised() {
+        assert_eq!(indirect(0b1), None);
+        assert_eq!(indirect(0b10), Some("properties.allow_compat_mode"));
+        assert_eq!(indirect(0b100), Some("properties.posix_io_mode"));
+        assert_eq!(indirect(0b10001), Some("properties.gds_fallback_io"));
+    }
+}

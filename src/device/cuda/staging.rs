@@ -1,0 +1,130 @@
+//! Staging in device memory: the allocation, and what can be asked of its bytes.
+
+use std::sync::Arc;
+
+use super::Cuda;
+use super::api::Address;
+use super::hash::{Hasher, Run};
+use crate::device::engine::{Driver, Fault};
+use crate::device::{DeviceStaging, HASH_BYTES_MIN, HashRun};
+use crate::error::{Error, ErrorKind, Result};
+
+/// cuFile and the GPU's windows on the bus deal in pages of this size; the driver gives large allocations at
+/// multiples of it.
+const GPU_PAGE: usize = 64 << 10;
+/// The driver gives memory in pieces of this size anyway.
+const GRANULE: usize = 2 << 20;
+
+struct CudaStaging {
+    cuda: Arc<Cuda>,
+    hasher: Hasher,
+    base: Address,
+    bytes: usize,
+}
+
+/// Allocates staging memory of at least `bytes` bytes.
+pub(super) fn allocate(cuda: &Arc<Cuda>, bytes: usize) -> Result<Arc<dyn DeviceStaging>> {
+    let bytes = bytes.next_multiple_of(GRANULE);
+    let _entered = cuda.enter().map_err(told)?;
+    let hasher = Hasher::load(cuda).map_err(told)?;
+    let base = match cuda.device_buffer(bytes) {
+        Ok(base) => base,
+        Err(fault) => {
+            hasher.unload(cuda);
+            return Err(told(fault));
+        }
+    };
+    let staging = CudaStaging { cuda: Arc::clone(cuda), hasher, base, bytes };
+    if !(base as usize).is_multiple_of(GPU_PAGE) {
+        let text = format!("the driver gave device memory at {base:#x}, inside a page of the GPU");
+        return Err(Error::new(ErrorKind::Unsupported, text));
+    }
+    Ok(Arc::new(staging))
+}
+
+fn told(fault: Fault) -> Error {
+    fault.error
+}
+
+impl CudaStaging {
+    fn check(&self, offset: usize, bytes: usize) -> Result<Address> {
+        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
+            let text = format!(
+                "{bytes} bytes at {offset} are outside the {} bytes of device staging; a defect in UCM",
+                self.bytes
+            );
+            return Err(Error::new(ErrorKind::Internal, text));
+        }
+        Ok(self.base + offset as u64)
+    }
+
+    fn run(&self, run: &HashRun) -> Result<Run> {
+        let address = self.check(run.offset, run.bytes as usize)?;
+        if run.bytes < HASH_BYTES_MIN || !run.offset.is_multiple_of(8) {
+            let text = format!(
+                "a device computes no checksum of {} bytes at {}; a defect in UCM",
+                run.bytes, run.offset
+            );
+            return Err(Error::new(ErrorKind::Internal, text));
+        }
+        Ok(Run { address, bytes: run.bytes, seed: run.seed })
+    }
+}
+
+impl DeviceStaging for CudaStaging {
+    fn base(&self) -> *mut u8 {
+        std::ptr::without_provenance_mut(self.base as usize)
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn with_context(&self, work: &mut dyn FnMut()) -> Result<()> {
+        let _entered = self.cuda.enter().map_err(told)?;
+        work();
+        Ok(())
+    }
+
+    fn hash(&self, runs: &[HashRun]) -> Result<Vec<u64>> {
+        if runs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let runs = runs.iter().map(|run| self.run(run)).collect::<Result<Vec<_>>>()?;
+        let _entered = self.cuda.enter().map_err(told)?;
+        // SAFETY: the runs were checked to lie in our allocation, which `self` keeps, and to suit the kernel.
+        unsafe { self.hasher.sums(&self.cuda, &runs) }.map_err(told)
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        let to = self.check(offset, bytes.len())?;
+        let _entered = self.cuda.enter().map_err(told)?;
+        let Some(copy) = self.cuda.api.functions.cuMemcpyHtoD else { return Err(no_copies()) };
+        // SAFETY: the range lies in our allocation; the bytes are borrowed during the call, which blocks.
+        let status = unsafe { copy(to, bytes.as_ptr().cast(), bytes.len()) };
+        self.cuda.api.check("cuMemcpyHtoD", status).map_err(told)
+    }
+
+    fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        let from = self.check(offset, bytes.len())?;
+        let _entered = self.cuda.enter().map_err(told)?;
+        let Some(copy) = self.cuda.api.functions.cuMemcpyDtoH else { return Err(no_copies()) };
+        // SAFETY: as above.
+        let status = unsafe { copy(bytes.as_mut_ptr().cast(), from, bytes.len()) };
+        self.cuda.api.check("cuMemcpyDtoH", status).map_err(told)
+    }
+}
+
+fn no_copies() -> Error {
+    Error::new(ErrorKind::Unsupported, "libcuda has no cuMemcpyHtoD; install driver R520 or newer")
+}
+
+impl Drop for CudaStaging {
+    fn drop(&mut self) {
+        // Entering may fail for want of memory; twice in a row is a dead context, whose memory is gone.
+        let Ok(_entered) = self.cuda.enter().or_else(|_| self.cuda.enter()) else { return };
+        self.hasher.unload(&self.cuda);
+        // SAFETY: allocated by `allocate`; whoever could touch it holds the staging.
+        let _ = unsafe { (self.cuda.api.functions.cuMemFree)(self.base) };
+    }
+}
