@@ -230,7 +230,7 @@ API aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
     if (!stub_event_known(event)) {
         stub_misuse("aclrtRecordEvent", "%p is not a live event", event);
     }
-    stub_record(event, stream_of("aclrtRecordEvent", stream), true);
+    stub_record(event, stream_of("aclrtRecordEvent", stream));
     return OK;
 }
 
@@ -339,6 +339,31 @@ API aclrtHostUnregister(void *base) {
     return stub_unregister("aclrtHostUnregister", base) ? OK : NOT_REGISTERED;
 }
 
+/* The arrays of a batch: nothing says that they have been read when the call returns, so they must be there, and
+ * the same, when the copies are made. */
+struct batch {
+    void **to, **from;
+    size_t *sizes, count;
+    uint64_t sum;
+};
+
+static uint64_t sum_of(const struct batch *batch) {
+    uint64_t sum = batch->count;
+    for (size_t i = 0; i < batch->count; i++) {
+        sum = sum * 31 + (uintptr_t)batch->to[i];
+        sum = sum * 31 + (uintptr_t)batch->from[i];
+        sum = sum * 31 + batch->sizes[i];
+    }
+    return sum;
+}
+
+static void check_batch(const void *data) {
+    const struct batch *batch = data;
+    if (sum_of(batch) != batch->sum) {
+        stub_misuse("aclrtMemcpyBatchAsync", "the arrays were given up before the copies were made");
+    }
+}
+
 API aclrtMemcpyBatchAsync(void **to, size_t *room, void **from, size_t *sizes, size_t count,
                           aclrtMemcpyBatchAttr *attributes, size_t *indexes, size_t attribute_count, size_t *failed,
                           aclrtStream stream) {
@@ -358,6 +383,9 @@ API aclrtMemcpyBatchAsync(void **to, size_t *room, void **from, size_t *sizes, s
         struct stub_copy copy = {to[i], from[i], sizes[i], 1, sizes[i], sizes[i]};
         stub_copy("aclrtMemcpyBatchAsync", stream_of("aclrtMemcpyBatchAsync", stream), &copy);
     }
+    struct batch batch = {to, from, sizes, count, 0};
+    batch.sum = sum_of(&batch);
+    stub_kernel("aclrtMemcpyBatchAsync", stream_of("aclrtMemcpyBatchAsync", stream), check_batch, &batch, sizeof batch);
     return OK;
 }
 #endif

@@ -394,7 +394,7 @@ API cuEventRecord(CUevent event, CUstream stream) {
     if (!stub_event_known((struct stub_event *)event)) {
         stub_misuse("cuEventRecord", "%p is not a live event", (void *)event);
     }
-    stub_record((struct stub_event *)event, stream_of("cuEventRecord", stream), false);
+    stub_record((struct stub_event *)event, stream_of("cuEventRecord", stream));
     return OK;
 }
 

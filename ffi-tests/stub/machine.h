@@ -57,7 +57,7 @@ struct stub_event *stub_event_new(void);
 /* Whether the handle is a live event. */
 bool stub_event_known(struct stub_event *event);
 void stub_event_destroy(const char *call, struct stub_event *event);
-void stub_record(struct stub_event *event, struct stub_stream *stream, bool strict_reuse);
+void stub_record(struct stub_event *event, struct stub_stream *stream);
 void stub_wait(struct stub_stream *stream, struct stub_event *event);
 bool stub_event_done(struct stub_event *event);
 /* Blocks until it has happened, or everything is dead. */

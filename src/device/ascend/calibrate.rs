@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::time::Instant;
 
+use super::copy::Lane;
 use super::{Ascend, api};
 use crate::device::engine::{Choices, Driver, Fault, PATTERN_BYTES, StrategySet, Stream, cost};
 
@@ -22,6 +23,7 @@ impl Ascend {
     fn calibrate_on(&self, stream: Stream, set: &StrategySet) -> Result<Choices, Fault> {
         let host = self.host_buffer(PATTERN_BYTES as usize)?;
         let device = self.device_buffer(2 * PATTERN_BYTES as usize);
+        let mut lane = Lane::default();
         let choices = device.as_ref().map_err(Clone::clone).map(|&device| {
             Choices::measure(set, |strategy, direction, pattern| {
                 let pieces = pattern.pieces(device as usize, host as usize);
@@ -30,14 +32,18 @@ impl Ascend {
                 let copied = (0..rounds).try_for_each(|_| {
                     // SAFETY: the buffers cover the pieces and live until the stream is synchronised
                     // below.
-                    unsafe { self.copy_with(strategy, stream, direction, &pieces) }
+                    unsafe { self.copy_with(strategy, stream, &mut lane, direction, &pieces) }
                 });
                 let enqueued = begin.elapsed();
                 copied.and_then(|()| self.synchronize(stream)).ok()?;
+                lane.batches.clear();
                 Some(cost(begin.elapsed(), enqueued) / rounds)
             })
         });
-        if self.synchronize(stream).is_ok() {
+        if self.synchronize(stream).is_err() {
+            // Copies may still be under way: what they use stays.
+            std::mem::forget(lane);
+        } else {
             // SAFETY: the stream is idle, and nothing else knows these buffers.
             unsafe {
                 if let Ok(device) = device {

@@ -23,6 +23,45 @@ const ROWS_MAX: u64 = 5 << 20;
 pub(in crate::device) struct Lane {
     /// Memory of `aclrtMallocHost`, made when first needed.
     pub(super) stand_in: Option<PinnedBuffer>,
+    /// Batches enqueued since the last run of copies was closed.
+    pub(super) batches: Vec<Batch>,
+}
+
+/// The arrays of one batched copy. The documentation does not say that the runtime has read them when the call
+/// returns, so they live until the copies have ended.
+pub(in crate::device) struct Batch {
+    to: Vec<*mut c_void>,
+    room: Vec<usize>,
+    from: Vec<*mut c_void>,
+    sizes: Vec<usize>,
+    attributes: Box<BatchAttributes>,
+    first: Box<usize>,
+    failed: Box<usize>,
+}
+
+// SAFETY: addresses are only kept here, never followed.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    fn of(stretches: &[Stretch], direction: Direction, device_id: i32) -> Self {
+        let ends = |stretch: &Stretch| ends(direction, *stretch);
+        let sizes: Vec<_> = stretches.iter().map(|stretch| stretch.bytes).collect();
+        let device = Location { id: device_id as u32, kind: api::LOCATION_DEVICE };
+        let host = Location { id: 0, kind: api::LOCATION_HOST };
+        let (to, from) = match direction {
+            Direction::Gather => (host, device),
+            Direction::Scatter => (device, host),
+        };
+        Self {
+            to: stretches.iter().map(|stretch| ends(stretch).1).collect(),
+            room: sizes.clone(),
+            from: stretches.iter().map(|stretch| ends(stretch).0.cast_mut()).collect(),
+            sizes,
+            attributes: Box::new(BatchAttributes { to, from, reserved: [0; 16] }),
+            first: Box::new(0),
+            failed: Box::new(usize::MAX),
+        }
+    }
 }
 
 /// Pinned host memory of [`STAND_IN_BYTES`].
@@ -61,13 +100,14 @@ impl Ascend {
         &self,
         strategy: Strategy,
         stream: Stream,
+        lane: &mut Lane,
         direction: Direction,
         pieces: &[Piece],
     ) -> Result<(), Fault> {
         // SAFETY: passed on from the caller in every call.
         unsafe {
             if strategy == Strategy::Batch && !self.batch_refused.load(Ordering::Relaxed) {
-                return self.copy_batched(stream, direction, pieces);
+                return self.copy_batched(stream, lane, direction, pieces);
             }
             pieces.iter().try_for_each(|piece| self.copy_plain(stream, direction, piece))
         }
@@ -145,13 +185,14 @@ impl Ascend {
     unsafe fn copy_batched(
         &self,
         stream: Stream,
+        lane: &mut Lane,
         direction: Direction,
         pieces: &[Piece],
     ) -> Result<(), Fault> {
         let all: Vec<Stretch> = stretches(pieces).collect();
         for batch in all.chunks(BATCH_MAX) {
             // SAFETY: passed on from the caller.
-            unsafe { self.batch(stream, direction, batch)? };
+            unsafe { self.batch(stream, lane, direction, batch)? };
         }
         Ok(())
     }
@@ -161,38 +202,30 @@ impl Ascend {
     unsafe fn batch(
         &self,
         stream: Stream,
+        lane: &mut Lane,
         direction: Direction,
         batch: &[Stretch],
     ) -> Result<(), Fault> {
         let Some(copy) = self.api.functions.aclrtMemcpyBatchAsync else { return Ok(()) };
-        let mut from: Vec<_> =
-            batch.iter().map(|stretch| ends(direction, *stretch).0.cast_mut()).collect();
-        let mut to: Vec<_> = batch.iter().map(|stretch| ends(direction, *stretch).1).collect();
-        let mut sizes: Vec<_> = batch.iter().map(|stretch| stretch.bytes).collect();
-        let mut room = sizes.clone();
-        let device = Location { id: self.device_id as u32, kind: api::LOCATION_DEVICE };
-        let host = Location { id: 0, kind: api::LOCATION_HOST };
-        let mut attributes = match direction {
-            Direction::Gather => BatchAttributes { to: host, from: device, reserved: [0; 16] },
-            Direction::Scatter => BatchAttributes { to: device, from: host, reserved: [0; 16] },
-        };
-        let (mut first, mut failed) = (0usize, usize::MAX);
-        // SAFETY: the arrays have `batch.len()` elements; one attribute serves all copies, from index 0;
-        // memory as vouched by the caller.
+        let mut arrays = Batch::of(batch, direction, self.device_id);
+        // SAFETY: the arrays have `batch.len()` elements and live in the lane, then in the run of copies, until
+        // the copies have ended; one attribute serves all copies, from index 0; memory as vouched by the caller.
         let status = unsafe {
             copy(
-                to.as_mut_ptr(),
-                room.as_mut_ptr(),
-                from.as_mut_ptr(),
-                sizes.as_mut_ptr(),
+                arrays.to.as_mut_ptr(),
+                arrays.room.as_mut_ptr(),
+                arrays.from.as_mut_ptr(),
+                arrays.sizes.as_mut_ptr(),
                 batch.len(),
-                &mut attributes,
-                &mut first,
+                &mut *arrays.attributes,
+                &mut *arrays.first,
                 1,
-                &mut failed,
+                &mut *arrays.failed,
                 stream.0,
             )
         };
+        // The vectors' elements and the boxes stay where they are.
+        lane.batches.push(arrays);
         if status == api::ERROR_FEATURE_NOT_SUPPORTED {
             // Refused before anything was enqueued: the chip has no batched copy.
             self.batch_refused.store(true, Ordering::Relaxed);

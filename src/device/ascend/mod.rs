@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicBool;
 
 use api::{Api, PointerAttributes};
 
-use self::copy::Lane;
+use self::copy::{Batch, Lane};
 use super::engine::{
     Accelerator, Choices, ContextState, Driver, Event, Fault, HostFunction, Piece, Progress, Reach,
     Registration, Strategy, StrategySet, Stream,
@@ -186,9 +186,8 @@ impl Drop for Entered<'_> {
 
 impl Driver for Ascend {
     const KIND: &'static str = "ascend";
-    // The documentation does not say what a pending wait sees when its event is recorded again.
-    const EVENTS_REUSABLE: bool = false;
     type Lane = Lane;
+    type Descriptors = Vec<Batch>;
     type Entered<'a> = Entered<'a>;
 
     fn enter(&self) -> std::result::Result<Entered<'_>, Fault> {
@@ -235,6 +234,8 @@ impl Driver for Ascend {
         self.api.check("aclrtSynchronizeStream", status)
     }
 
+    // Of events that are made with this call the documentation of aclrtRecordEvent says: a wait takes the
+    // recording before it, whatever is recorded later, and one that was never recorded counts as complete.
     fn create_event(&self) -> std::result::Result<Event, Fault> {
         let mut event = std::ptr::null_mut();
         // SAFETY: `event` is a valid place.
@@ -344,6 +345,10 @@ impl Driver for Ascend {
         }
     }
 
+    fn take_descriptors(&self, lane: &mut Lane) -> Vec<Batch> {
+        std::mem::take(&mut lane.batches)
+    }
+
     fn check(&self, _lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
         for piece in pieces {
             if piece.memory == 0 || piece.memory.checked_add(piece.span() as usize).is_none() {
@@ -384,6 +389,6 @@ impl Driver for Ascend {
         let mean = bytes / (pieces.len() as u64).max(1);
         let strategy = self.choices.pick(direction, mean, strided);
         // SAFETY: passed on from the caller.
-        unsafe { self.copy_with(strategy, stream, direction, pieces) }
+        unsafe { self.copy_with(strategy, stream, lane, direction, pieces) }
     }
 }

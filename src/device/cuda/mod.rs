@@ -317,8 +317,9 @@ impl Drop for Entered<'_> {
 
 impl Driver for Cuda {
     const KIND: &'static str = "cuda";
-    const EVENTS_REUSABLE: bool = true;
     type Lane = Lane;
+    // The driver has read its arguments when a call returns.
+    type Descriptors = ();
     type Entered<'a> = Entered<'a>;
 
     fn enter(&self) -> std::result::Result<Entered<'_>, Fault> {
@@ -479,6 +480,8 @@ impl Driver for Cuda {
             let _ = unsafe { (self.api.functions.cuMemFree)(bounce) };
         }
     }
+
+    fn take_descriptors(&self, _lane: &mut Lane) {}
 
     fn check(&self, lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
         self.reach_of(lane, pieces).inspect_err(|_| {

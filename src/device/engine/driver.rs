@@ -73,10 +73,10 @@ pub(in crate::device) enum Registration {
 pub(in crate::device) trait Driver: Send + Sync + Sized + 'static {
     /// `cuda`, `ascend`.
     const KIND: &'static str;
-    /// Whether an event may be recorded again while a stream still waits for its last recording.
-    const EVENTS_REUSABLE: bool;
     /// What a copy stream owns besides its streams.
     type Lane: Send;
+    /// What the driver may read until the copies that it describes have ended.
+    type Descriptors: Send;
     /// Keeps the device's context current on this thread.
     type Entered<'a>;
 
@@ -91,7 +91,7 @@ pub(in crate::device) trait Driver: Send + Sync + Sized + 'static {
     fn create_event(&self) -> Result<Event, Fault>;
     fn destroy_event(&self, event: Event);
     fn record(&self, event: Event, stream: Stream) -> Result<(), Fault>;
-    /// The stream's later work waits for the event's last recording.
+    /// The stream's later work waits for the event's last recording until now, whatever is recorded later.
     fn wait(&self, stream: Stream, event: Event) -> Result<(), Fault>;
     fn query_event(&self, event: Event) -> Result<Progress, Fault>;
     /// Refuses a caller's stream that cannot wait for events of other streams now.
@@ -127,6 +127,9 @@ pub(in crate::device) trait Driver: Send + Sync + Sized + 'static {
 
     fn open_lane(&self) -> Result<Self::Lane, Fault>;
     fn close_lane(&self, lane: Self::Lane);
+
+    /// Takes what the copies enqueued since the last call still need.
+    fn take_descriptors(&self, lane: &mut Self::Lane) -> Self::Descriptors;
 
     /// Whether the pieces can be copied at all; an error names what is wrong with an address.
     fn check(&self, lane: &Self::Lane, pieces: &[Piece]) -> Result<Reach, Error>;

@@ -6,11 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::driver::{Driver, Event, Fault, Progress};
-
-/// How many pooled events are asked before a new one is made, where events in use may not be recorded
-/// again.
-const REUSE_TRIES: usize = 4;
+use super::driver::{Driver, Event, Fault};
 
 /// The events of one device that are not in use.
 pub(super) struct EventPool<D: Driver> {
@@ -41,27 +37,12 @@ impl<D: Driver> EventPool<D> {
         Ok(pool)
     }
 
-    /// An event that nothing will record or query until it is dropped.
+    /// An event that nothing will record or query until it is dropped. Streams may still be waiting for its last
+    /// recording: recording it again changes nothing for them.
     pub(super) fn take(self: &Arc<Self>) -> Result<PooledEvent<D>, Fault> {
-        if let Some(event) = self.reusable() {
-            return Ok(PooledEvent { event, pool: self.clone() });
-        }
-        Ok(PooledEvent { event: self.driver.create_event()?, pool: self.clone() })
-    }
-
-    fn reusable(&self) -> Option<Event> {
-        let mut free = self.free.lock();
-        let free = &mut free.events;
-        if D::EVENTS_REUSABLE {
-            return free.pop();
-        }
-        for back in 1..=REUSE_TRIES.min(free.len()) {
-            let at = free.len() - back;
-            if matches!(self.driver.query_event(free[at]), Ok(Progress::Done)) {
-                return Some(free.swap_remove(at));
-            }
-        }
-        None
+        let free = self.free.lock().events.pop();
+        let event = free.map_or_else(|| self.driver.create_event(), Ok)?;
+        Ok(PooledEvent { event, pool: self.clone() })
     }
 
     /// Destroys the events that are not in use, and from now on those that come back. The context is

@@ -28,6 +28,8 @@ enum End<D: Driver> {
 struct Run<D: Driver> {
     end: End<D>,
     jobs: Vec<(u64, Result<()>)>,
+    /// Held until the run has ended.
+    descriptors: Option<D::Descriptors>,
 }
 
 /// What one driver call copies: jobs of one direction, one kind of memory.
@@ -121,6 +123,7 @@ impl<D: Driver> CopyQueue<D> {
         }
         let jobs = std::mem::take(jobs);
         let driver = &self.shared.driver;
+        let descriptors = self.lane.as_mut().map(|lane| driver.take_descriptors(lane));
         let recorded =
             self.shared.pool.take().and_then(|event| {
                 driver.record(event.event(), self.stream).map(|()| Arc::new(event))
@@ -128,7 +131,7 @@ impl<D: Driver> CopyQueue<D> {
         let event = match recorded {
             Ok(event) => event,
             Err(fault) => {
-                self.runs.push_back(Run { end: End::StreamIdle, jobs });
+                self.runs.push_back(Run { end: End::StreamIdle, jobs, descriptors });
                 *marker = Some(Passed::Refused(fault.error));
                 return;
             }
@@ -141,7 +144,7 @@ impl<D: Driver> CopyQueue<D> {
                 unsafe { driver.notify(self.notifier, Waker::called_by_driver, data) }
             });
         }
-        self.runs.push_back(Run { end: End::Event(event.clone()), jobs });
+        self.runs.push_back(Run { end: End::Event(event.clone()), jobs, descriptors });
         *marker = Some(Passed::Event(event));
     }
 
@@ -167,6 +170,9 @@ impl<D: Driver> CopyQueue<D> {
             ContextState::Unknown => Staging::Lost,
         };
         for run in std::mem::take(&mut self.runs) {
+            if staging == Staging::Lost {
+                std::mem::forget(run.descriptors);
+            }
             for (ticket, _) in run.jobs {
                 self.report(ticket, Err(error.clone()), staging);
             }
@@ -358,6 +364,7 @@ impl<D: Driver> Drop for CopyQueue<D> {
             // The driver may still call the waker, and copies may still use the lane.
             std::mem::forget(self.waker.clone());
             std::mem::forget(self.lane.take());
+            std::mem::forget(std::mem::take(&mut self.runs));
         }
     }
 }
