@@ -74,6 +74,15 @@ impl Library {
     }
 }
 
+/// Calls a function of a table, and turns its status into a result that names it.
+macro_rules! checked {
+    ($api:expr, $name:ident($($argument:expr),* $(,)?)) => {
+        $api.check(stringify!($name), ($api.functions.$name)($($argument),*))
+    };
+}
+
+pub(super) use checked;
+
 /// Declares a table of function pointers, each under its name in the library.
 macro_rules! function_table {
     ($(#[$doc:meta])* $table:ident; required { $($name:ident: fn($($argument:ty),*);)* }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::copy::Lane;
 use super::{Ascend, api};
 use crate::device::engine::{Choices, Driver, Fault, PATTERN_BYTES, StrategySet, Stream, cost};
+use crate::device::loader::checked;
 
 impl Ascend {
     /// Measures the set; everything is given back.
@@ -58,8 +59,7 @@ impl Ascend {
     fn device_buffer(&self, bytes: usize) -> Result<*mut c_void, Fault> {
         let mut buffer = std::ptr::null_mut();
         // SAFETY: `buffer` is a valid place.
-        let status =
-            unsafe { (self.api.functions.aclrtMalloc)(&mut buffer, bytes, api::MALLOC_HUGE_FIRST) };
-        self.api.check("aclrtMalloc", status).map(|()| buffer)
+        unsafe { checked!(self.api, aclrtMalloc(&mut buffer, bytes, api::MALLOC_HUGE_FIRST)) }
+            .map(|()| buffer)
     }
 }

@@ -8,6 +8,7 @@ use super::Ascend;
 use super::api::{self, BatchAttributes, Location};
 use crate::device::Direction;
 use crate::device::engine::{Driver, Fault, Piece, Strategy, Stream};
+use crate::device::loader::checked;
 
 /// Copies in one call of the batched copy.
 const BATCH_MAX: usize = 1024;
@@ -167,17 +168,12 @@ impl Ascend {
     ) -> Result<(), Fault> {
         let (from, to, kind) = ends(direction, stretch);
         // SAFETY: both ranges are valid until the stream has passed the copy, by the caller's word.
-        let status = unsafe {
-            (self.api.functions.aclrtMemcpyAsync)(
-                to,
-                stretch.bytes,
-                from,
-                stretch.bytes,
-                kind,
-                stream.0,
+        unsafe {
+            checked!(
+                self.api,
+                aclrtMemcpyAsync(to, stretch.bytes, from, stretch.bytes, kind, stream.0)
             )
-        };
-        self.api.check("aclrtMemcpyAsync", status)
+        }
     }
 
     /// # Safety
@@ -347,8 +343,7 @@ impl Ascend {
     pub(super) fn host_buffer(&self, bytes: usize) -> Result<*mut c_void, Fault> {
         let mut buffer = std::ptr::null_mut();
         // SAFETY: `buffer` is a valid place.
-        let status = unsafe { (self.api.functions.aclrtMallocHost)(&mut buffer, bytes) };
-        self.api.check("aclrtMallocHost", status).map(|()| buffer)
+        unsafe { checked!(self.api, aclrtMallocHost(&mut buffer, bytes)) }.map(|()| buffer)
     }
 }
 

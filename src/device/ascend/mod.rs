@@ -18,6 +18,7 @@ use super::engine::{
     Accelerator, Choices, ContextState, Driver, Event, Fault, HostFunction, Piece, Progress, Reach,
     Registration, Strategy, StrategySet, Stream,
 };
+use super::loader::checked;
 use super::{Direction, Report};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -57,8 +58,7 @@ unsafe impl Sync for Ascend {}
 fn device_count(api: &Api) -> Result<u32> {
     let mut count = 0;
     // SAFETY: `count` is a valid place.
-    let status = unsafe { (api.functions.aclrtGetDeviceCount)(&mut count) };
-    api.check("aclrtGetDeviceCount", status).map_err(|fault| fault.error)?;
+    unsafe { checked!(api, aclrtGetDeviceCount(&mut count)) }.map_err(|fault| fault.error)?;
     Ok(count)
 }
 
@@ -85,8 +85,7 @@ impl Ascend {
         let before = ascend.current().ok();
         // SAFETY: the ordinal is below the count. Never reset: torch_npu may share the device, and the
         // process's end releases it.
-        let status = unsafe { (ascend.api.functions.aclrtSetDevice)(device_id) };
-        ascend.api.check("aclrtSetDevice", status).map_err(|fault| fault.error)?;
+        unsafe { checked!(ascend.api, aclrtSetDevice(device_id)) }.map_err(|fault| fault.error)?;
         let context = ascend.current();
         let restored = Entered { ascend: &ascend, before, mode: None };
         drop(restored);
@@ -103,8 +102,7 @@ impl Ascend {
     fn current(&self) -> std::result::Result<*mut c_void, Fault> {
         let mut context = std::ptr::null_mut();
         // SAFETY: `context` is a valid place.
-        let status = unsafe { (self.api.functions.aclrtGetCurrentContext)(&mut context) };
-        self.api.check("aclrtGetCurrentContext", status).map(|()| context)
+        unsafe { checked!(self.api, aclrtGetCurrentContext(&mut context)) }.map(|()| context)
     }
 
     fn choose(&mut self, report: &mut Report) -> std::result::Result<(), Fault> {
@@ -135,18 +133,10 @@ impl Ascend {
         if functions.aclrtMemcpyBatchAsync.is_some() {
             set.0.insert(0, Strategy::Batch);
         }
-        if let Ok(name) = std::env::var(STRATEGY_VARIABLE) {
-            match Strategy::from_name(&name).filter(|strategy| set.0.contains(strategy)) {
-                Some(strategy) => {
-                    self.choices = Choices::uniform(strategy);
-                    return Ok(());
-                }
-                None => report.fallbacks.push(format!(
-                    "{STRATEGY_VARIABLE}={name} is not available here; copies are calibrated"
-                )),
-            }
-        }
-        self.choices = self.calibrate(&set)?;
+        self.choices = match set.named(STRATEGY_VARIABLE, &mut report.fallbacks) {
+            Some(strategy) => Choices::uniform(strategy),
+            None => self.calibrate(&set)?,
+        };
         Ok(())
     }
 
@@ -194,8 +184,7 @@ impl Driver for Ascend {
         // A thread without a context gives an error here: it has nothing to restore.
         let before = self.current().ok();
         // SAFETY: the default context lives until the device is reset.
-        let status = unsafe { (self.api.functions.aclrtSetCurrentContext)(self.context) };
-        self.api.check("aclrtSetCurrentContext", status)?;
+        unsafe { checked!(self.api, aclrtSetCurrentContext(self.context)) }?;
         let mut entered = Entered { ascend: self, before, mode: None };
         if let Some(exchange) = self.api.functions.aclmdlRICaptureThreadExchangeMode {
             let mut mode = api::CAPTURE_MODE_RELAXED;
@@ -210,8 +199,7 @@ impl Driver for Ascend {
     fn create_stream(&self) -> std::result::Result<Stream, Fault> {
         let mut stream = std::ptr::null_mut();
         // SAFETY: `stream` is a valid place.
-        let status = unsafe { (self.api.functions.aclrtCreateStream)(&mut stream) };
-        self.api.check("aclrtCreateStream", status).map(|()| Stream(stream))
+        unsafe { checked!(self.api, aclrtCreateStream(&mut stream)) }.map(|()| Stream(stream))
     }
 
     fn destroy_stream(&self, stream: Stream) {
@@ -222,16 +210,14 @@ impl Driver for Ascend {
     fn query_stream(&self, stream: Stream) -> std::result::Result<Progress, Fault> {
         let mut status_of = -1;
         // SAFETY: the stream lives; the place is valid.
-        let status = unsafe { (self.api.functions.aclrtStreamQuery)(stream.0, &mut status_of) };
-        self.api.check("aclrtStreamQuery", status)?;
+        unsafe { checked!(self.api, aclrtStreamQuery(stream.0, &mut status_of)) }?;
         let done = status_of == api::STREAM_STATUS_COMPLETE;
         Ok(if done { Progress::Done } else { Progress::Pending })
     }
 
     fn synchronize(&self, stream: Stream) -> std::result::Result<(), Fault> {
         // SAFETY: the stream lives.
-        let status = unsafe { (self.api.functions.aclrtSynchronizeStream)(stream.0) };
-        self.api.check("aclrtSynchronizeStream", status)
+        unsafe { checked!(self.api, aclrtSynchronizeStream(stream.0)) }
     }
 
     // Of events that are made with this call the documentation of aclrtRecordEvent says: a wait takes the
@@ -239,9 +225,8 @@ impl Driver for Ascend {
     fn create_event(&self) -> std::result::Result<Event, Fault> {
         let mut event = std::ptr::null_mut();
         // SAFETY: `event` is a valid place.
-        let status =
-            unsafe { (self.api.functions.aclrtCreateEventExWithFlag)(&mut event, api::EVENT_SYNC) };
-        self.api.check("aclrtCreateEventExWithFlag", status).map(|()| Event(event))
+        unsafe { checked!(self.api, aclrtCreateEventExWithFlag(&mut event, api::EVENT_SYNC)) }
+            .map(|()| Event(event))
     }
 
     fn destroy_event(&self, event: Event) {
@@ -251,21 +236,18 @@ impl Driver for Ascend {
 
     fn record(&self, event: Event, stream: Stream) -> std::result::Result<(), Fault> {
         // SAFETY: both live.
-        let status = unsafe { (self.api.functions.aclrtRecordEvent)(event.0, stream.0) };
-        self.api.check("aclrtRecordEvent", status)
+        unsafe { checked!(self.api, aclrtRecordEvent(event.0, stream.0)) }
     }
 
     fn wait(&self, stream: Stream, event: Event) -> std::result::Result<(), Fault> {
         // SAFETY: both live.
-        let status = unsafe { (self.api.functions.aclrtStreamWaitEvent)(stream.0, event.0) };
-        self.api.check("aclrtStreamWaitEvent", status)
+        unsafe { checked!(self.api, aclrtStreamWaitEvent(stream.0, event.0)) }
     }
 
     fn query_event(&self, event: Event) -> std::result::Result<Progress, Fault> {
         let mut status_of = -1;
         // SAFETY: the event lives; the place is valid.
-        let status = unsafe { (self.api.functions.aclrtQueryEventStatus)(event.0, &mut status_of) };
-        self.api.check("aclrtQueryEventStatus", status)?;
+        unsafe { checked!(self.api, aclrtQueryEventStatus(event.0, &mut status_of)) }?;
         let done = status_of == api::EVENT_STATUS_COMPLETE;
         Ok(if done { Progress::Done } else { Progress::Pending })
     }
@@ -278,14 +260,7 @@ impl Driver for Ascend {
         if status != api::SUCCESS || capturing == api::CAPTURE_STATUS_NONE {
             return Ok(());
         }
-        Err(Fault {
-            error: Error::new(
-                ErrorKind::InvalidArgument,
-                "the stream is being captured into a graph, which cannot wait for a load of this \
-                 moment; wait before the capture begins, or outside the graph",
-            ),
-            context: ContextState::Unknown,
-        })
+        Err(Fault::capturing())
     }
 
     fn has_host_functions(&self) -> bool {
@@ -351,12 +326,7 @@ impl Driver for Ascend {
 
     fn check(&self, _lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
         for piece in pieces {
-            if piece.memory == 0 || piece.memory.checked_add(piece.span() as usize).is_none() {
-                return Err(Error::new(
-                    ErrorKind::InvalidArgument,
-                    format!("address {:#x} is not one of a tensor slice", piece.memory),
-                ));
-            }
+            piece.memory_end()?;
             if self.reach_of(piece.memory) == Reach::Host {
                 return Err(Error::new(
                     ErrorKind::InvalidArgument,

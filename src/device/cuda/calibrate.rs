@@ -9,6 +9,7 @@ use crate::device::engine::{
     Choices, Driver, Fault, PATTERN_BYTES, Pattern, Registration, Strategy, StrategySet, Stream,
     cost,
 };
+use crate::device::loader::checked;
 
 /// What the measurements copy between.
 struct Bench {
@@ -48,9 +49,7 @@ impl Cuda {
             bench.device = device;
             let mut mapped = 0;
             // SAFETY: `host` was allocated with DEVICEMAP just now; the place is valid.
-            let status =
-                unsafe { (self.api.functions.cuMemHostGetDevicePointer)(&mut mapped, host, 0) };
-            self.api.check("cuMemHostGetDevicePointer", status)?;
+            unsafe { checked!(self.api, cuMemHostGetDevicePointer(&mut mapped, host, 0)) }?;
             bench.offset = (mapped as usize).wrapping_sub(host as usize);
             Ok(())
         });

@@ -7,6 +7,7 @@ use super::api::{self, Address, CopyAttributes, Memcpy2D};
 use super::kernel::{Linear, PIECE_BYTES_MAX};
 use crate::device::Direction;
 use crate::device::engine::{Fault, Piece, Registration, Strategy, Stream};
+use crate::device::loader::checked;
 
 /// Copies in one call of the driver's batched copy.
 const BATCH_MAX: usize = 1024;
@@ -113,8 +114,7 @@ impl Cuda {
                 height: piece.counts[2] as usize,
             };
             // SAFETY: the descriptor is read before the call returns; memory as vouched by the caller.
-            let status = unsafe { (self.api.functions.cuMemcpy2DAsync)(&copy, stream.0) };
-            self.api.check("cuMemcpy2DAsync", status)?;
+            unsafe { checked!(self.api, cuMemcpy2DAsync(&copy, stream.0)) }?;
         }
         Ok(())
     }
@@ -134,10 +134,9 @@ impl Cuda {
             Direction::Scatter => (staging, memory),
         };
         // SAFETY: both ranges are valid until the stream has passed the copy, by the caller's word.
-        let status = unsafe {
-            (self.api.functions.cuMemcpyAsync)(to as u64, from as u64, bytes as usize, stream.0)
-        };
-        self.api.check("cuMemcpyAsync", status)
+        unsafe {
+            checked!(self.api, cuMemcpyAsync(to as u64, from as u64, bytes as usize, stream.0))
+        }
     }
 
     /// # Safety
@@ -352,15 +351,13 @@ impl Cuda {
         let mut buffer = std::ptr::null_mut();
         let flags = api::HOST_PORTABLE | api::HOST_DEVICEMAP;
         // SAFETY: `buffer` is a valid place for the address.
-        let status = unsafe { (self.api.functions.cuMemHostAlloc)(&mut buffer, bytes, flags) };
-        self.api.check("cuMemHostAlloc", status).map(|()| buffer)
+        unsafe { checked!(self.api, cuMemHostAlloc(&mut buffer, bytes, flags)) }.map(|()| buffer)
     }
 
     /// Gives device memory.
     pub(super) fn device_buffer(&self, bytes: usize) -> Result<Address, Fault> {
         let mut address = 0;
         // SAFETY: `address` is a valid place.
-        let status = unsafe { (self.api.functions.cuMemAlloc)(&mut address, bytes) };
-        self.api.check("cuMemAlloc", status).map(|()| address)
+        unsafe { checked!(self.api, cuMemAlloc(&mut address, bytes)) }.map(|()| address)
     }
 }

@@ -23,6 +23,7 @@ use super::engine::{
     Accelerator, Choices, Driver, Event, Fault, HostFunction, Piece, Progress, Reach, Registration,
     Strategy, StrategySet, Stream,
 };
+use super::loader::checked;
 use super::{DeviceStaging, Direction, Report};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -70,8 +71,7 @@ unsafe impl Sync for Cuda {}
 fn device_count(api: &Api) -> Result<c_int> {
     let mut count = 0;
     // SAFETY: `count` is a valid place.
-    let status = unsafe { (api.functions.cuDeviceGetCount)(&mut count) };
-    api.check("cuDeviceGetCount", status).map_err(|fault| fault.error)?;
+    unsafe { checked!(api, cuDeviceGetCount(&mut count)) }.map_err(|fault| fault.error)?;
     Ok(count)
 }
 
@@ -91,11 +91,11 @@ impl Cuda {
         }
         let (mut device, mut context) = (0, std::ptr::null_mut());
         // SAFETY: the ordinal is below the count; the places are valid.
-        let status = unsafe { (api.functions.cuDeviceGet)(&mut device, device_id) };
-        api.check("cuDeviceGet", status).map_err(|fault| fault.error)?;
+        unsafe { checked!(api, cuDeviceGet(&mut device, device_id)) }
+            .map_err(|fault| fault.error)?;
         // SAFETY: as above. Released by drop.
-        let status = unsafe { (api.functions.cuDevicePrimaryCtxRetain)(&mut context, device) };
-        api.check("cuDevicePrimaryCtxRetain", status).map_err(|fault| fault.error)?;
+        unsafe { checked!(api, cuDevicePrimaryCtxRetain(&mut context, device)) }
+            .map_err(|fault| fault.error)?;
         let mut cuda = Self {
             api,
             device,
@@ -125,10 +125,9 @@ impl Cuda {
     fn check_context(&self) -> std::result::Result<(), Fault> {
         let (mut flags, mut active) = (0, 0);
         // SAFETY: the places are valid.
-        let status = unsafe {
-            (self.api.functions.cuDevicePrimaryCtxGetState)(self.device, &mut flags, &mut active)
-        };
-        self.api.check("cuDevicePrimaryCtxGetState", status)?;
+        unsafe {
+            checked!(self.api, cuDevicePrimaryCtxGetState(self.device, &mut flags, &mut active))
+        }?;
         // An answer that differs proves that the context is gone; no answer proves nothing.
         if active == 0 || self.read_context_id()? != self.context_id {
             let call = "cuDevicePrimaryCtxGetState";
@@ -218,21 +217,11 @@ impl Cuda {
         if self.kernels.is_some() {
             set.0.extend([Strategy::Bounce, Strategy::Kernel]);
         }
-        if let Ok(name) = std::env::var(STRATEGY_VARIABLE) {
-            match Strategy::from_name(&name).filter(|strategy| set.0.contains(strategy)) {
-                Some(strategy) => {
-                    self.choices = Choices::uniform(strategy);
-                    self.uses_bounce = strategy == Strategy::Bounce;
-                    return Ok(());
-                }
-                None => report.fallbacks.push(format!(
-                    "{STRATEGY_VARIABLE}={name} is not available here; copies are calibrated"
-                )),
-            }
-        }
-        let choices = self.calibrate(&set)?;
-        self.uses_bounce = choices.uses(Strategy::Bounce);
-        self.choices = choices;
+        self.choices = match set.named(STRATEGY_VARIABLE, &mut report.fallbacks) {
+            Some(strategy) => Choices::uniform(strategy),
+            None => self.calibrate(&set)?,
+        };
+        self.uses_bounce = self.choices.uses(Strategy::Bounce);
         Ok(())
     }
 
@@ -325,13 +314,11 @@ impl Driver for Cuda {
     fn enter(&self) -> std::result::Result<Entered<'_>, Fault> {
         self.check_context()?;
         // SAFETY: the context is retained until drop.
-        let status = unsafe { (self.api.functions.cuCtxPushCurrent)(self.context) };
-        self.api.check("cuCtxPushCurrent", status)?;
+        unsafe { checked!(self.api, cuCtxPushCurrent(self.context)) }?;
         let mut entered = Entered { cuda: self, mode: None };
         let mut mode = api::CAPTURE_MODE_RELAXED;
         // SAFETY: `mode` is a valid place; it receives the thread's mode.
-        let status = unsafe { (self.api.functions.cuThreadExchangeStreamCaptureMode)(&mut mode) };
-        self.api.check("cuThreadExchangeStreamCaptureMode", status)?;
+        unsafe { checked!(self.api, cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
         entered.mode = Some(mode);
         Ok(entered)
     }
@@ -339,14 +326,13 @@ impl Driver for Cuda {
     fn create_stream(&self) -> std::result::Result<Stream, Fault> {
         let mut stream = std::ptr::null_mut();
         // SAFETY: `stream` is a valid place.
-        let status = unsafe {
-            (self.api.functions.cuStreamCreateWithPriority)(
-                &mut stream,
-                api::STREAM_NON_BLOCKING,
-                STREAM_PRIORITY,
+        unsafe {
+            checked!(
+                self.api,
+                cuStreamCreateWithPriority(&mut stream, api::STREAM_NON_BLOCKING, STREAM_PRIORITY)
             )
-        };
-        self.api.check("cuStreamCreateWithPriority", status).map(|()| Stream(stream))
+        }
+        .map(|()| Stream(stream))
     }
 
     fn destroy_stream(&self, stream: Stream) {
@@ -362,16 +348,14 @@ impl Driver for Cuda {
 
     fn synchronize(&self, stream: Stream) -> std::result::Result<(), Fault> {
         // SAFETY: the stream lives.
-        let status = unsafe { (self.api.functions.cuStreamSynchronize)(stream.0) };
-        self.api.check("cuStreamSynchronize", status)
+        unsafe { checked!(self.api, cuStreamSynchronize(stream.0)) }
     }
 
     fn create_event(&self) -> std::result::Result<Event, Fault> {
         let mut event = std::ptr::null_mut();
         // SAFETY: `event` is a valid place.
-        let status =
-            unsafe { (self.api.functions.cuEventCreate)(&mut event, api::EVENT_DISABLE_TIMING) };
-        self.api.check("cuEventCreate", status).map(|()| Event(event))
+        unsafe { checked!(self.api, cuEventCreate(&mut event, api::EVENT_DISABLE_TIMING)) }
+            .map(|()| Event(event))
     }
 
     fn destroy_event(&self, event: Event) {
@@ -381,14 +365,12 @@ impl Driver for Cuda {
 
     fn record(&self, event: Event, stream: Stream) -> std::result::Result<(), Fault> {
         // SAFETY: both live.
-        let status = unsafe { (self.api.functions.cuEventRecord)(event.0, stream.0) };
-        self.api.check("cuEventRecord", status)
+        unsafe { checked!(self.api, cuEventRecord(event.0, stream.0)) }
     }
 
     fn wait(&self, stream: Stream, event: Event) -> std::result::Result<(), Fault> {
         // SAFETY: both live; the flags are 0.
-        let status = unsafe { (self.api.functions.cuStreamWaitEvent)(stream.0, event.0, 0) };
-        self.api.check("cuStreamWaitEvent", status)
+        unsafe { checked!(self.api, cuStreamWaitEvent(stream.0, event.0, 0)) }
     }
 
     fn query_event(&self, event: Event) -> std::result::Result<Progress, Fault> {
@@ -400,19 +382,11 @@ impl Driver for Cuda {
     fn check_waitable(&self, stream: Stream) -> std::result::Result<(), Fault> {
         let mut capturing = api::CAPTURE_STATUS_NONE;
         // SAFETY: the caller's stream lives; the place is valid.
-        let status = unsafe { (self.api.functions.cuStreamIsCapturing)(stream.0, &mut capturing) };
-        self.api.check("cuStreamIsCapturing", status)?;
+        unsafe { checked!(self.api, cuStreamIsCapturing(stream.0, &mut capturing)) }?;
         if capturing == api::CAPTURE_STATUS_NONE {
             return Ok(());
         }
-        Err(Fault {
-            error: Error::new(
-                ErrorKind::InvalidArgument,
-                "the stream is being captured into a graph, which cannot wait for a load of this \
-                 moment; wait before the capture begins, or outside the graph",
-            ),
-            context: super::engine::ContextState::Unknown,
-        })
+        Err(Fault::capturing())
     }
 
     fn has_host_functions(&self) -> bool {
@@ -426,8 +400,7 @@ impl Driver for Cuda {
         data: *mut c_void,
     ) -> std::result::Result<(), Fault> {
         // SAFETY: the stream lives; the caller vouches for `data`.
-        let status = unsafe { (self.api.functions.cuLaunchHostFunc)(stream.0, function, data) };
-        self.api.check("cuLaunchHostFunc", status)
+        unsafe { checked!(self.api, cuLaunchHostFunc(stream.0, function, data)) }
     }
 
     unsafe fn register(
@@ -525,13 +498,7 @@ impl Cuda {
     fn reach_of(&self, lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
         let mut reach = None;
         for piece in pieces {
-            let end = piece.memory.checked_add(piece.span() as usize);
-            let (Some(end), false) = (end, piece.memory == 0) else {
-                return Err(Error::new(
-                    ErrorKind::InvalidArgument,
-                    format!("address {:#x} is not one of a tensor slice", piece.memory),
-                ));
-            };
+            let end = piece.memory_end()?;
             let mut at = piece.memory;
             let mut this = Reach::Device;
             while at < end {

@@ -38,7 +38,7 @@ impl Strategy {
     }
 
     /// The strategy of that name.
-    pub(in crate::device) fn from_name(name: &str) -> Option<Self> {
+    fn from_name(name: &str) -> Option<Self> {
         [Strategy::Plain, Strategy::Batch, Strategy::Bounce, Strategy::Kernel]
             .into_iter()
             .find(|strategy| strategy.name() == name)
@@ -60,6 +60,23 @@ impl Strategy {
 /// The strategies that a device offers, in order of preference.
 #[derive(Clone, Debug)]
 pub(in crate::device) struct StrategySet(pub(in crate::device) Vec<Strategy>);
+
+impl StrategySet {
+    /// The strategy that an environment variable names. One that is not in the set is told.
+    pub(in crate::device) fn named(
+        &self,
+        variable: &str,
+        fallbacks: &mut Vec<String>,
+    ) -> Option<Strategy> {
+        let name = std::env::var(variable).ok()?;
+        let named = Strategy::from_name(&name).filter(|strategy| self.0.contains(strategy));
+        if named.is_none() {
+            let text = format!("{variable}={name} is not available here; copies are calibrated");
+            fallbacks.push(text);
+        }
+        named
+    }
+}
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

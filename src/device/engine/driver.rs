@@ -52,6 +52,16 @@ pub(in crate::device) struct Fault {
     pub(in crate::device) context: ContextState,
 }
 
+impl Fault {
+    /// A stream that a graph is being captured from was to wait for what happens now.
+    pub(in crate::device) fn capturing() -> Self {
+        let text = "the stream is being captured into a graph, which cannot wait for a load of this \
+                    moment; wait before the capture begins, or outside the graph";
+        let error = Error::new(ErrorKind::InvalidArgument, text);
+        Self { error, context: ContextState::Unknown }
+    }
+}
+
 /// Called by the driver on a thread of its own.
 pub(in crate::device) type HostFunction = unsafe extern "C" fn(*mut c_void);
 

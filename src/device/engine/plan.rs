@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::block::SliceShape;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Strided dimensions that one piece can have; a slice with more is cut into several pieces.
 pub(in crate::device) const DIMENSIONS_MAX: usize = 3;
@@ -44,6 +45,15 @@ impl Piece {
     pub(in crate::device) fn span(&self) -> u64 {
         let steps = self.counts.iter().zip(self.strides);
         self.run + steps.map(|(count, stride)| (count - 1) * stride).sum::<u64>()
+    }
+
+    /// The address behind the piece in caller memory; an error where there can be no such memory.
+    pub(in crate::device) fn memory_end(&self) -> Result<usize> {
+        let end = self.memory.checked_add(self.span() as usize);
+        end.filter(|_| self.memory != 0).ok_or_else(|| {
+            let text = format!("address {:#x} is not one of a tensor slice", self.memory);
+            Error::new(ErrorKind::InvalidArgument, text)
+        })
     }
 
     /// Whether the piece is one run.
