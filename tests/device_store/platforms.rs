@@ -79,7 +79,7 @@ impl Pages {
 
 /// The KV of a token sequence's block: every byte is decided by which block it is and what it means there.
 fn kv(block: usize, byte: usize) -> u8 {
-    let word = ((block as u64) << 40 ^ byte as u64 / 8).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    let word = (((block as u64) << 40) ^ (byte as u64 / 8)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
     (word >> (byte % 8 * 8)) as u8
 }
 
