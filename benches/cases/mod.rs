@@ -5,6 +5,10 @@
 // Neither of the two uses all of it: only times are taken at full scale, and only they have units.
 #![allow(dead_code)]
 
+#[path = "../../tests/fakes/mod.rs"]
+mod fakes;
+mod submit;
+
 use std::ffi::{CString, c_void};
 use std::hint::black_box;
 
@@ -58,6 +62,7 @@ pub fn all(scale: Scale) -> Vec<Case> {
     let mut cases = vec![hash(), checksum(), record(), slots(scale), policy(scale)];
     cases.extend(index(scale));
     cases.extend(store());
+    cases.extend(submit::cases());
     cases
 }
 
@@ -178,6 +183,23 @@ fn index(scale: Scale) -> Vec<Case> {
     ]
 }
 
+/// Opens a store as C does.
+fn open_store(settings: &[(&str, &str)]) -> *mut ucm_store_t {
+    let (mut options, mut handle) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: out pointers are locals, the strings end with NUL, the options are freed once.
+    unsafe {
+        assert_eq!(ucm_options_new(&mut options), 0);
+        for (key, value) in settings {
+            let text = |text: &str| CString::new(text).expect("no NUL inside");
+            let (key, value) = (text(key), text(value));
+            assert_eq!(ucm_options_set(options, key.as_ptr(), value.as_ptr()), 0);
+        }
+        assert_eq!(ucm_store_open(options, &mut handle), 0);
+        ucm_options_free(options);
+    }
+    handle
+}
+
 /// A store in memory, as C sees it.
 struct Store {
     handle: *mut ucm_store_t,
@@ -187,24 +209,12 @@ struct Store {
 
 impl Store {
     fn open() -> Self {
-        let (mut options, mut handle) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let settings = [
+        let handle = open_store(&[
             ("store_pipeline", "Cache|Empty"),
             ("cache_buffer_capacity_gb", "0.03"),
             ("device", "host"),
             ("block_size", "4096"),
-        ];
-        // SAFETY: out pointers are locals, the strings end with NUL, the options are freed once.
-        unsafe {
-            assert_eq!(ucm_options_new(&mut options), 0);
-            for (key, value) in settings {
-                let text = |text: &str| CString::new(text).expect("no NUL inside");
-                let (key, value) = (text(key), text(value));
-                assert_eq!(ucm_options_set(options, key.as_ptr(), value.as_ptr()), 0);
-            }
-            assert_eq!(ucm_store_open(options, &mut handle), 0);
-            ucm_options_free(options);
-        }
+        ]);
         let ids = (0..KEYS as u64).map(|n| ucm_block_id_t { bytes: block(n).0 }).collect();
         Self { handle, ids, memory: vec![1; BLOCKS * SMALL_BLOCK / 8] }
     }
