@@ -149,6 +149,8 @@ struct Queues {
     saves: VecDeque<Job>,
     /// Of these, copies that a device does by itself: one worker hands over as many as there are.
     handed_on: usize,
+    /// Bytes of CPU work that are queued.
+    cpu_bytes: u64,
     /// Jobs that a worker takes at once.
     batch: usize,
     /// Workers that sleep.
@@ -345,6 +347,7 @@ impl Drop for Brought {
 impl Queues {
     fn add(&mut self, job: Job) {
         self.handed_on += usize::from(self.hands_on(&job));
+        self.cpu_bytes += job.cpu_bytes();
         match job.urgency() {
             Urgency::Load => self.loads.push_back(job),
             Urgency::Save => self.saves.push_back(job),
@@ -354,17 +357,29 @@ impl Queues {
     fn next(&mut self) -> Option<Job> {
         let job = self.loads.pop_front().or_else(|| self.saves.pop_front())?;
         self.handed_on -= usize::from(self.hands_on(&job));
+        self.cpu_bytes -= job.cpu_bytes();
         Some(job)
     }
 
+    /// Whether the device copies by itself.
+    fn is_device(&self) -> bool {
+        self.batch > BATCH_HOST
+    }
+
     fn hands_on(&self, job: &Job) -> bool {
-        self.batch > BATCH_HOST && matches!(job, Job::Copy(_))
+        self.is_device() && matches!(job, Job::Copy(_))
     }
 
     /// Workers that what is queued is work for.
     fn wanted(&self) -> usize {
         let shared = self.loads.len() + self.saves.len() - self.handed_on;
-        shared.div_ceil(JOBS_A_WAKE).max(self.handed_on.div_ceil(self.batch.max(1)))
+        let wanted = shared.div_ceil(JOBS_A_WAKE);
+        if !self.is_device() {
+            return wanted;
+        }
+        // What is verified late is copied late: a device waits for its bytes.
+        let for_bytes = self.cpu_bytes.div_ceil(CPU_BYTES_AT_ONCE) as usize;
+        wanted.max(for_bytes).max(self.handed_on.div_ceil(self.batch))
     }
 }
 
