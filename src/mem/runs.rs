@@ -113,18 +113,18 @@ impl<'a> Runs<'a> {
         }
     }
 
-    /// Copies the next `length` bytes of the part from where they are to `staging`, through the caches: the next
-    /// thing that is done with them is a checksum.
+    /// Copies the next `length` bytes of the part from where they are to `staging`.
     ///
     /// # Safety
     /// `staging` is valid for writing so many bytes and the runs for reading them; they do not overlap.
     pub unsafe fn gather(&mut self, staging: *mut u8, length: usize) {
         let mut at = 0;
         while at < length {
+            let streamed = self.is_streamed();
             let run = self.next(length - at);
             if !run.memory.is_null() {
                 // SAFETY: `at + run.length` is at most `length`; the rest is the caller's promise.
-                unsafe { copy(run.memory, staging.add(at), run.length, false) };
+                unsafe { copy(run.memory, staging.add(at), run.length, streamed) };
             }
             at += run.length;
         }

@@ -35,7 +35,7 @@ use crate::cache::policy::S3Fifo;
 use crate::cache::slots::Slots;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
-use crate::posix::Found;
+use crate::posix::{Found, Taken};
 use crate::task::{Kind, Task};
 use keys::KeyMap;
 pub(crate) use load::Accepted;
@@ -80,8 +80,8 @@ pub(crate) enum Action {
     Scatter { part: PartId, slot: u32, unit: Unit },
     /// Read the piece into its place in the slot, call `arrived`, verify it, then call `read_ended`.
     Read { piece: Piece, class: Class, expires: Option<Instant> },
-    /// Seal the slot, write it and publish it, then call `stored`.
-    Store { part: PartId, slot: u32, key: PartKey },
+    /// Seal the slot, write it and publish it, then call `stored`. The checksums where they were taken already.
+    Store { part: PartId, slot: u32, key: PartKey, sums: Option<Taken> },
     /// Read the part straight into the unit's memory.
     DirectLoad { unit: Unit, key: PartKey, found: Found },
     /// Write the part straight from the unit's memory, then call `end_direct`.
@@ -133,6 +133,8 @@ struct Part {
     saves: Vec<Unit>,
     /// Saves that wait for a slot.
     gathers: Vec<Unit>,
+    /// Checksums of the bytes that are in the slot, taken on their way there.
+    sums: Option<Taken>,
     /// Why the part is not saved after all: for shards whose copy ends later.
     gave_up: Option<Error>,
     /// Shards handed out since the part was read.
@@ -325,6 +327,7 @@ impl Parts {
             loads: Vec::new(),
             saves: Vec::new(),
             gathers: Vec::new(),
+            sums: None,
             gave_up: None,
             served: 0,
             superseded: false,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{Action, Part, PartId, Parts, Refusal, Sink, State, Unit, gave_up};
 use crate::block::PartKey;
 use crate::error::{Error, ErrorKind, Result};
-use crate::posix::Found;
+use crate::posix::{Found, Taken};
 
 /// Refusals remembered, per slot of the table.
 const REFUSALS_PER_SLOT: usize = 4;
@@ -154,6 +154,11 @@ impl Parts {
         });
     }
 
+    /// The checksums of a part that one gather has brought into its slot whole; to be told before `gathered`.
+    pub(crate) fn summed(&mut self, id: PartId, sums: Option<Taken>) {
+        self.parts[id as usize].sums = sums;
+    }
+
     /// A gather has ended. `result`: `Ok(false)` where it never began, because its task was settled.
     pub(crate) fn gathered(
         &mut self,
@@ -214,7 +219,8 @@ impl Parts {
         let part = &mut self.parts[id as usize];
         part.state = State::Storing;
         let slot = part.slot.expect("a complete part has a slot");
-        actions.push(Action::Store { part: id, slot, key: part.key });
+        let sums = part.sums.take();
+        actions.push(Action::Store { part: id, slot, key: part.key, sums });
     }
 
     /// The part is published, or could not be.

@@ -183,10 +183,59 @@ impl Identity {
         let mut sums = Sums::new(*self, part_bytes, shard_bytes);
         for (source, length) in stretches(pieces, part_bytes) {
             // SAFETY: as promised by the caller.
-            unsafe { sums.feed(source, length) };
+            unsafe { sums.feed(source, length, Sink::Nowhere) };
         }
         sums.finish()
     }
+
+    /// As [`Identity::all`], of a part that one pass brings from `runs` to `staging` and hashes; it is one unit.
+    ///
+    /// # Safety
+    /// The runs are valid for reading `part_bytes` bytes and `staging` for writing them; they do not overlap, and
+    /// nobody writes the runs or touches `staging` meanwhile.
+    ///
+    /// # Panics
+    /// Where the runs have fewer bytes.
+    pub unsafe fn gathered(
+        &self,
+        runs: &mut Runs<'_>,
+        staging: *mut u8,
+        part_bytes: u64,
+    ) -> PartChecksums {
+        let mut sums = Sums::new(*self, part_bytes, part_bytes);
+        let mut at = 0;
+        while at < part_bytes as usize {
+            let to = staging.wrapping_add(at);
+            let left = part_bytes as usize - at;
+            // SAFETY: as promised by the caller; `left` bytes of staging begin at `to`.
+            at += unsafe { gather(&mut sums, runs, to, left) };
+        }
+        sums.finish()
+    }
+}
+
+/// Brings some of the next `length` bytes to `staging` and adds them to the checksums; returns how many.
+///
+/// # Safety
+/// As for [`Identity::gathered`].
+unsafe fn gather(sums: &mut Sums, runs: &mut Runs<'_>, staging: *mut u8, length: usize) -> usize {
+    if runs.run_bytes() < RUN_MIN {
+        // Short runs are not worth a call each: they are hashed where they have come to.
+        let length = length.min(CHUNK);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            runs.gather(staging, length);
+            sums.feed(staging, length, Sink::Nowhere);
+        }
+        return length;
+    }
+    let streamed = runs.is_streamed();
+    let run = runs.next(length);
+    assert!(!run.memory.is_null(), "the slices of a part have all of its bytes");
+    let sink = if streamed { Sink::Uncached(staging) } else { Sink::Memory(staging) };
+    // SAFETY: the run has `run.length` bytes and `staging` as many; the rest is the caller's promise.
+    unsafe { sums.feed(run.memory, run.length, sink) };
+    run.length
 }
 
 /// The checksums of a part whose bytes come one after the other.
@@ -219,15 +268,17 @@ impl Sums {
     }
 
     /// # Safety
-    /// `source` is valid for reading `length` bytes, and nobody writes them meanwhile.
-    unsafe fn feed(&mut self, source: *const u8, length: usize) {
+    /// `source` is valid for reading `length` bytes, which nobody writes meanwhile, and the sink for writing them.
+    unsafe fn feed(&mut self, source: *const u8, length: usize, sink: Sink) {
         let mut at = 0;
         while at < length {
             let unit_left = (self.unit_bytes - self.fed % self.unit_bytes) as usize;
-            let take = (length - at).min(unit_left).min(CHUNK);
+            // What is gone over once need not come in chunks.
+            let chunk = if self.unit.is_some() { CHUNK } else { usize::MAX };
+            let take = (length - at).min(unit_left).min(chunk);
             // SAFETY: `at + take` is at most `length`; the second pass over a chunk finds it in the cache.
             unsafe {
-                self.whole.feed(source.add(at), take, Sink::Nowhere);
+                self.whole.feed(source.add(at), take, sink.advance(at));
                 if let Some(unit) = &mut self.unit {
                     unit.feed(source.add(at), take, Sink::Nowhere);
                 }
@@ -481,6 +532,34 @@ mod tests {
             !id.claim_unit(9, 0, 4096, NO_CHECKSUM).holds(NO_CHECKSUM),
             "a unit that is not there"
         );
+    }
+
+    /// A part that is gathered and hashed in one pass is in its slot, with the checksums that are taken there.
+    #[test]
+    fn gathered_parts_have_the_checksums_of_their_bytes() {
+        let mut memory: Vec<u8> = (0..200_000u32).map(|i| ((i * 7) >> 1) as u8).collect();
+        let id = identity();
+        let shapes = [
+            SliceShape::contiguous(70_001),
+            SliceShape { run_bytes: 250, dimensions: vec![(100, 300)] },
+            SliceShape { run_bytes: 1500, dimensions: vec![(2, 4000), (2, 1600)] },
+        ];
+        let mut expected = vec![0; 101_001];
+        let mut slot = expected.clone();
+        let (mut gathering, mut plain) = (Runs::nowhere(), Runs::nowhere());
+        for runs in [&mut gathering, &mut plain] {
+            for (index, shape) in shapes.iter().enumerate() {
+                runs.push_slice(memory[index * 71_000..].as_mut_ptr(), shape);
+            }
+        }
+        // SAFETY: the slices' spans are inside `memory`, and both targets have room for all of their bytes.
+        let sums = unsafe {
+            plain.gather(expected.as_mut_ptr(), 101_001);
+            id.gathered(&mut gathering, slot.as_mut_ptr(), 101_001)
+        };
+        assert!(slot == expected, "the bytes are not those of the slices");
+        let taken_there = id.part_in(&expected);
+        assert_eq!(sums, PartChecksums { part: taken_there, unit_bytes: 101_001, units: vec![] });
     }
 
     /// Pinned values: the checksum is part of the format and may never change.

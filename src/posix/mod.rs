@@ -36,4 +36,4 @@ pub use index::{Found, Location};
 pub use recover::Recovered;
 pub use saver::Extent;
 pub use stats::{BackendStats, TierStats};
-pub use tier::{Scope, Tail, Tier};
+pub use tier::{Scope, Tail, Taken, Tier};

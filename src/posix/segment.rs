@@ -19,6 +19,9 @@ use crate::posix::host::wall_ms;
 use crate::posix::names::SegmentName;
 use crate::posix::pages::Pages;
 
+/// Generation of a new file.
+pub const GENERATION_FIRST: u32 = 0;
+
 struct Fill {
     /// Extents handed out so far, from the front.
     next: u32,
@@ -101,7 +104,7 @@ impl OwnSegment {
         extents: u32,
     ) -> Result<(SegmentName, PathBuf, File)> {
         let files = home.backend.files();
-        let name = SegmentName { writer, number, generation: 0 };
+        let name = SegmentName { writer, number, generation: GENERATION_FIRST };
         let path = home.segments.join(name.to_string());
         let how =
             OpenHow { access: Access::ReadWrite, create: Create::New, direct: home.is_direct() };

@@ -165,7 +165,10 @@ impl Engine {
     ) {
         let trailer = TrailerPage::new();
         // SAFETY: the unit's memory is claimed until `end`, the trailer page is ours.
-        unsafe { self.tier().seal(&extent, &pieces, self.config.geometry.part_bytes, trailer.0) };
+        unsafe {
+            let part_bytes = self.config.geometry.part_bytes;
+            self.tier().seal(&extent, &pieces, part_bytes, None, trailer.0);
+        }
         pieces.push(DmaSlice { pointer: trailer.0, length: PAGE });
         let engine = self.this();
         let expires = unit.task.deadline();

@@ -13,21 +13,19 @@ use parking_lot::{Condvar, Mutex};
 use super::fresh::Fresh;
 use super::regions::Regions;
 use super::slots::Slots;
-use crate::block::PartKey;
 use crate::clock::{Clock, Ticket};
 use crate::completion::CompletionQueue;
 use crate::config::Config;
-use crate::copy::{Copy, CopyPool, Job, Owner, Urgency};
+use crate::copy::{Copy, CopyPool, Job, Owner};
 use crate::device::{Device, Direction, Staging};
 use crate::error::{Error, Result};
 use crate::hash::BlockHasher;
 use crate::io::backend::Backend;
 use crate::io::{DmaSlice, thread};
 use crate::layout::Layout;
-use crate::log::{self, Level};
 use crate::metrics::Metrics;
 use crate::parts::{Action, PartId, Parts, Unit};
-use crate::posix::{Extent, Tier};
+use crate::posix::Tier;
 use crate::task::Task;
 
 /// Everything an open store owns.
@@ -127,14 +125,12 @@ impl Engine {
             }
             left -= 1;
             match action {
-                Action::Gather { part, slot, unit } => {
-                    jobs.push(self.copy(Direction::Gather, part, slot, unit))
-                }
+                Action::Gather { part, slot, unit } => jobs.push(self.gather(part, slot, unit)),
                 Action::Scatter { part, slot, unit } => {
                     jobs.push(self.copy(Direction::Scatter, part, slot, unit))
                 }
                 Action::Read { piece, class, expires } => self.read(piece, class, expires),
-                Action::Store { part, slot, key } => self.reserve(part, slot, key),
+                Action::Store { part, slot, key, sums } => self.reserve(part, slot, key, sums),
                 Action::DirectLoad { unit, key, found } => self.direct_load(unit, key, found),
                 Action::DirectSave { part, unit, key } => self.direct_save(part, unit, key),
                 Action::Copied(unit) => unit.task.copied(unit.index),
@@ -151,7 +147,7 @@ impl Engine {
         jobs
     }
 
-    fn copy(&self, direction: Direction, part: PartId, slot: u32, unit: Unit) -> Job {
+    pub(super) fn copy(&self, direction: Direction, part: PartId, slot: u32, unit: Unit) -> Job {
         let staging = self.slot_base(slot).wrapping_add(unit.task.offset(unit.index));
         Job::Copy(Copy { direction, part, unit, staging })
     }
@@ -163,48 +159,6 @@ impl Engine {
                 engine.event(|parts, actions| parts.reclaim_partial(Instant::now(), actions));
             }
         });
-    }
-
-    // ---- saves: gather -> slot -> seal -> drive -> publish ----
-
-    fn reserve(&self, part: PartId, slot: u32, key: PartKey) {
-        let engine = self.this();
-        let reserved = move |extent: Result<Extent>| match extent {
-            Ok(extent) => {
-                let worker = Arc::clone(&engine);
-                let seal = Box::new(move || worker.seal(part, slot, extent));
-                let bytes = engine.config.geometry.part_bytes;
-                engine.pool.push(vec![Job::Compute(Urgency::Save, bytes, seal)]);
-            }
-            Err(error) => engine.stored(part, &Err(error)),
-        };
-        self.tier().reserve(&key, None, Box::new(reserved));
-    }
-
-    fn seal(&self, part: PartId, slot: u32, extent: Extent) -> Vec<Job> {
-        if let Some(memory) = self.slots().device() {
-            return self.seal_on_device(part, slot, extent, memory);
-        }
-        let geometry = &self.config.geometry;
-        let (payload, trailer) = (self.slots().host_payload(slot), self.slots().trailer(slot));
-        let payload = payload.expect("slots that are not on the device are in host memory");
-        let padding = geometry.payload_bytes() as usize - payload.length;
-        let shard_bytes = geometry.shard_bytes.min(geometry.part_bytes);
-        // SAFETY: in the slot the padding follows the payload and the trailer page the padding, and in
-        // state Storing the bytes are only read (scatters); nobody reads the padding or the trailer.
-        unsafe {
-            payload.pointer.add(payload.length).write_bytes(0, padding);
-            self.tier().seal(&extent, &[payload], shard_bytes, trailer.pointer);
-        }
-        self.write_slot(part, slot, extent);
-        Vec::new()
-    }
-
-    pub(super) fn stored(&self, part: PartId, result: &Result<()>) {
-        if let Err(error) = result {
-            log::once(Level::Warning, "save failed", format_args!("a save failed: {error}"));
-        }
-        self.event(|parts, actions| parts.stored(part, result, actions));
     }
 
     /// Ends everything: after a panic on an engine thread nothing is left to trust.

@@ -1,7 +1,7 @@
 //! The store: the one door to the engine. Lookup, prefetch, save, load.
 //!
 //! `mod.rs` is the door: it checks arguments and answers from memory. `engine.rs` carries out what the
-//! part table decides, `read.rs` its reads; `submit.rs` turns a batch into a task, `hold.rs` keeps blocks in
+//! part table decides, `read.rs` its reads and `save.rs` its saves; `submit.rs` turns a batch into a task, `hold.rs` keeps blocks in
 //! DRAM for a while, `direct.rs` moves bytes straight between registered caller memory and the drive,
 //! `open.rs` and `close.rs` are the two ends of its life.
 
@@ -16,6 +16,7 @@ mod lookup;
 mod open;
 mod read;
 mod regions;
+mod save;
 mod slots;
 mod stats;
 mod submit;

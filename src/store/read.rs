@@ -202,10 +202,7 @@ impl Engine {
                 runs.push_gap(shard_bytes as usize);
                 continue;
             };
-            let slices = unit.task.piece(unit.index).slices.iter();
-            for (Address(address), shape) in unit.task.addresses(unit.index).zip(slices) {
-                runs.push_slice(std::ptr::with_exposed_provenance_mut(address), shape);
-            }
+            push_slices(&mut runs, unit);
         }
         runs
     }
@@ -300,5 +297,13 @@ impl Engine {
         } else {
             self.tier().read_failed(&key, &found, error, ended);
         }
+    }
+}
+
+/// Adds the caller memory of a unit.
+pub(super) fn push_slices<'a>(runs: &mut Runs<'a>, unit: &'a Unit) {
+    let slices = unit.task.piece(unit.index).slices.iter();
+    for (Address(address), shape) in unit.task.addresses(unit.index).zip(slices) {
+        runs.push_slice(std::ptr::with_exposed_provenance_mut(address), shape);
     }
 }

@@ -50,7 +50,7 @@ impl Sink {
     }
 
     /// What begins so many bytes behind it.
-    pub(super) fn advance(self, bytes: usize) -> Self {
+    pub(crate) fn advance(self, bytes: usize) -> Self {
         match self {
             Sink::Nowhere => Sink::Nowhere,
             Sink::Memory(memory) => Sink::Memory(memory.wrapping_add(bytes)),

@@ -1,11 +1,14 @@
 //! Save and load through one tier and through others, and what damage does.
 
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc;
 
 use super::world::*;
-use crate::block::PAGE;
+use crate::block::{PAGE, SliceShape};
 use crate::error::ErrorKind;
+use crate::io::Class;
 use crate::mem::runs::Runs;
+use crate::posix::pages::Pages;
 
 /// Goal: what one tier saves, it and another one find and load, byte for byte.
 #[test]
@@ -145,4 +148,37 @@ fn units_verify_by_the_trailer() {
     }
     let other = super::world::key(6, 0);
     assert!(tier.trailer(&other, &found, page.bytes()).is_err());
+}
+
+/// Goal: checksums that were taken before a part had a place are not taken for those of another part: whoever seals
+/// with them takes the right ones.
+#[test]
+fn checksums_taken_beforehand_belong_to_their_part() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let shape = SliceShape::contiguous(PART_BYTES);
+    for (number, gathered_as) in [(1, 1), (2, 3)] {
+        let (saved, gathered) = (key(number, 0), key(gathered_as, 0));
+        let (sender, receiver) = mpsc::channel();
+        let reserved = Box::new(move |extent| drop(sender.send(extent)));
+        tier.reserve(&saved, Some(deadline()), reserved);
+        let extent = receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+        let pages = tier.extent_bytes() as usize / PAGE;
+        let (mut caller, memory) = (Pages::new(pages), Pages::new(pages));
+        fill(&saved, &mut caller.bytes_mut()[..PART_BYTES as usize]);
+        let mut runs = Runs::nowhere();
+        runs.push_slice(caller.slice(0, pages).pointer, &shape);
+        let (payload, trailer) = (memory.slice(0, pages - 1), memory.slice(pages - 1, 1));
+        // SAFETY: both are ours, of the length of an extent, and live until the write has ended.
+        unsafe {
+            let taken = tier.gather(&gathered, &mut runs, payload.pointer);
+            assert_eq!(taken.as_ref().unwrap().are_of(&extent), number == gathered_as);
+            tier.seal(&extent, &[payload], PART_BYTES, taken, trailer.pointer);
+        }
+        let (sender, receiver) = mpsc::channel();
+        let done = Box::new(move |result| drop(sender.send(result)));
+        tier.write(extent, vec![memory.slice(0, pages)], Class::Save, None, done);
+        receiver.recv_timeout(PATIENCE).unwrap().unwrap();
+        assert_eq!(load(&tier, &saved).unwrap(), expected(&saved));
+    }
 }

@@ -19,7 +19,7 @@ use crate::posix::reply::Reply;
 use crate::posix::{Found, Recovered, Scope, Tail, Tier, TierConfig};
 
 pub const PART_BYTES: u64 = 3 * PAGE as u64 + 100;
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn deadline() -> Instant {
     Instant::now() + PATIENCE
@@ -219,7 +219,7 @@ pub fn begin_saves(tier: &Arc<Tier>, keys: &[PartKey]) -> mpsc::Receiver<(usize,
             let payload = memory.slice(0, pages - 1);
             let trailer = memory.slice(pages - 1, 1);
             // SAFETY: `memory` outlives the call and is used by nobody else.
-            unsafe { tier2.seal(&extent, &[payload], PAGE as u64, trailer.pointer) };
+            unsafe { tier2.seal(&extent, &[payload], PAGE as u64, None, trailer.pointer) };
             let pieces = vec![memory.slice(0, pages)];
             let done = Box::new(move |result| {
                 drop(memory);

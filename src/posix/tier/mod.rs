@@ -10,6 +10,8 @@ mod reads;
 mod saves;
 mod verdict;
 
+pub use saves::Taken;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

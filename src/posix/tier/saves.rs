@@ -10,13 +10,29 @@ use crate::block::{PAGE, PartKey};
 use crate::config::Checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Class, DmaSlice, Done, Operation};
-use crate::posix::checksum::{PartChecksums, Wanted};
+use crate::mem::runs::Runs;
+use crate::posix::checksum::{Identity, PartChecksums, Wanted};
 use crate::posix::format::{Kind, Record, Trailer};
 use crate::posix::host::wall_ms;
 use crate::posix::index::{Found, Location};
 use crate::posix::manifest::{Item, Urgency};
 use crate::posix::reply::{Reply, never_began};
 use crate::posix::saver::Extent;
+use crate::posix::segment::GENERATION_FIRST;
+
+/// Checksums of a part that were taken before it had a place.
+pub struct Taken {
+    identity: Identity,
+    sums: PartChecksums,
+}
+
+impl Taken {
+    /// Whether they are those of the part in this extent.
+    pub fn are_of(&self, extent: &Extent) -> bool {
+        let generation = extent.segment().name.generation;
+        (self.identity.key, self.identity.generation) == (*extent.key(), generation)
+    }
+}
 
 /// Bytes that go to one backend before the next gets its turn: neighbours of a prompt lie together.
 const TURN_BYTES: u64 = 1 << 20;
@@ -65,8 +81,33 @@ impl Tier {
         saver.reserve(&key, expires, attempt);
     }
 
-    /// Takes the checksums of a part that lies in `pieces` and writes its trailer page. Work for the CPU
-    /// only; any thread.
+    /// Brings a whole part from `runs` to `staging` and takes its checksums in the same pass, before it is known which
+    /// segment will hold it: they are right where that is a new file, as nearly all are. `None` where there are to be
+    /// no checksums. Work for the CPU only; any thread.
+    ///
+    /// # Safety
+    /// The runs are valid for reading a part and `staging` for writing it; they do not overlap, and nobody writes the
+    /// runs or touches `staging` meanwhile.
+    pub unsafe fn gather(
+        &self,
+        key: &PartKey,
+        runs: &mut Runs<'_>,
+        staging: *mut u8,
+    ) -> Option<Taken> {
+        let part_bytes = self.layout.part_bytes;
+        if self.layout.config.checksum == Checksum::Off {
+            // SAFETY: as promised by the caller.
+            unsafe { runs.gather(staging, part_bytes as usize) };
+            return None;
+        }
+        let identity = self.layout.identity(key, GENERATION_FIRST);
+        // SAFETY: as promised by the caller.
+        let sums = unsafe { identity.gathered(runs, staging, part_bytes) };
+        Some(Taken { identity, sums })
+    }
+
+    /// Takes the checksums of a part that lies in `pieces`, unless `taken` are those, and writes its trailer page.
+    /// Work for the CPU only; any thread.
     ///
     /// # Safety
     /// The pieces are valid for reading and nobody writes them meanwhile; `trailer` is valid for writing one
@@ -76,17 +117,19 @@ impl Tier {
         extent: &Extent,
         pieces: &[DmaSlice],
         shard_bytes: u64,
+        taken: Option<Taken>,
         trailer: *mut u8,
     ) {
         let name = extent.segment().name;
         let part_bytes = self.layout.part_bytes;
-        let sums = match self.layout.config.checksum {
+        let sums = match (self.layout.config.checksum, taken) {
+            (Checksum::Full, Some(taken)) if taken.are_of(extent) => taken.sums,
             // SAFETY: as promised by the caller.
-            Checksum::Full => unsafe {
+            (Checksum::Full, _) => unsafe {
                 let identity = self.layout.identity(extent.key(), name.generation);
                 identity.all(pieces, part_bytes, shard_bytes)
             },
-            Checksum::Off => PartChecksums::none(part_bytes),
+            (Checksum::Off, _) => PartChecksums::none(part_bytes),
         };
         // SAFETY: one page, as promised by the caller.
         self.describe(extent, sums, unsafe { std::slice::from_raw_parts_mut(trailer, PAGE) });
