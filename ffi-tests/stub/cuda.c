@@ -557,8 +557,8 @@ API cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes) {
 /* ---- kernels ---- */
 
 static int loaded_module, runs_function, rows_function, loaded_hash, hash_function;
-/* The model's own kernel (tests/gpu/model.cu). */
-static int model_module, fill_function;
+/* The model's own kernels (tests/gpu/model.cu), of which the one that faults is never launched here. */
+static int model_module, fill_function, fault_function;
 
 API cuModuleLoadData(CUmodule *module, const void *image) {
     ENTER_CONTEXT("cuModuleLoadData");
@@ -590,6 +590,10 @@ API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
     ENTER_CONTEXT("cuModuleGetFunction");
     if ((void *)module == &model_module && !strcmp(name, "slow_fill")) {
         *function = (CUfunction)&fill_function;
+        return OK;
+    }
+    if ((void *)module == &model_module && !strcmp(name, "fault")) {
+        *function = (CUfunction)&fault_function;
         return OK;
     }
     if ((void *)module == &loaded_hash && !strcmp(name, "ucm_hash")) {

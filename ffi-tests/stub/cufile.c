@@ -211,6 +211,8 @@ static void must_be_open(const char *call) {
 /* ---- the CUDA driver ---- */
 
 static int (*to_device)(unsigned long long, const void *, size_t), (*to_host)(void *, unsigned long long, size_t);
+/* A plain copy of pageable memory may be under way when it returns; the drive's is not. */
+static int (*synchronize)(void);
 static int (*range_of)(unsigned long long *, size_t *, unsigned long long), (*current_context)(void **);
 
 static void find_driver(void) {
@@ -219,6 +221,7 @@ static void find_driver(void) {
     if (driver) {
         *(void **)&to_device = dlsym(driver, "cuMemcpyHtoD_v2");
         *(void **)&to_host = dlsym(driver, "cuMemcpyDtoH_v2");
+        *(void **)&synchronize = dlsym(driver, "cuCtxSynchronize");
         *(void **)&range_of = dlsym(driver, "cuMemGetAddressRange_v2");
         *(void **)&current_context = dlsym(driver, "cuCtxGetCurrent");
     }
@@ -410,7 +413,8 @@ static ssize_t move(bool reads, int fd, char *device, size_t bytes, off_t at) {
     ssize_t moved;
     if (reads) {
         moved = pread(fd, stop, bytes, at);
-        if (moved > 0 && !lies && to_device((uintptr_t)device, stop, (size_t)moved)) {
+        bool copies = moved > 0 && !lies;
+        if (copies && (to_device((uintptr_t)device, stop, (size_t)moved) || (synchronize && synchronize()))) {
             moved = -CUDA_ERROR;
         }
     } else {

@@ -27,6 +27,14 @@ use handles::Handles;
 
 pub(crate) use api::describe;
 
+/// The library that would be used, and its version; nothing of it is opened.
+///
+/// # Errors
+/// `Device` or `Unsupported`: it does not load, or lacks a function.
+pub fn library() -> Result<String> {
+    api::Api::load().map(|api| api.name)
+}
+
 /// Bytes of staging memory that [`CuFile::open`] needs behind the slots, for so many directories to be tried out.
 /// A trial's memory is used for nothing else: on a mount that hangs it may be written long after it was given up.
 pub fn trial_bytes(directories: usize) -> usize {

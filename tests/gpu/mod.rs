@@ -1,6 +1,8 @@
 //! A model in miniature on a real GPU: memory, streams, events and kernels through the driver API, as a
 //! framework would use them.
 
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 
 use libloading::Library;

@@ -27,22 +27,27 @@ fn run(command: &mut Command, what: &str) -> Outcome {
 /// Runs everything that needs a real GPU, with what the machine has: the driver alone for the device
 /// tests, compute-sanitizer and PyTorch for more.
 pub(crate) fn gpu_test() -> Outcome {
-    let device_tests = |arguments: &[&str]| {
+    let device_tests = |binary: &str, arguments: &[&str]| {
         let mut tests = cargo();
-        tests.args(["test", "--release", "--package", "ucm", "--test", "device_gpu", "--"]);
+        tests.args(["test", "--release", "--package", "ucm", "--test", binary, "--"]);
         tests.args(["--ignored", "--test-threads=1", "--nocapture"]).args(arguments);
         tests
     };
-    run(&mut device_tests(&[]), "device tests")?;
+    for binary in ["device_gpu", "device_gpu_direct"] {
+        run(&mut device_tests(binary, &[]), "device tests")?;
+    }
     let sanitizer = which("compute-sanitizer");
     match &sanitizer {
-        Some(sanitizer) => run(
-            device_tests(&["slices_are_exact"]).env(
-                "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER",
-                format!("{} --error-exitcode 9", sanitizer.display()),
-            ),
-            "compute-sanitizer",
-        )?,
+        Some(sanitizer) => {
+            let runner = format!("{} --error-exitcode 9", sanitizer.display());
+            for (binary, test) in
+                [("device_gpu", "slices_are_exact"), ("device_gpu_direct", "hashes_are_exact")]
+            {
+                let mut tests = device_tests(binary, &[test]);
+                tests.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", &runner);
+                run(&mut tests, "compute-sanitizer")?;
+            }
+        }
         None => println!("compute-sanitizer is not on the PATH: not run"),
     }
     run(cargo().args(["build", "--release", "--package", "ucm"]), "cargo build")?;

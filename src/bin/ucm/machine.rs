@@ -166,7 +166,23 @@ fn devices() -> Vec<Finding> {
             (false, false) => Finding::good(name, "no device".into()),
         });
     }
+    if nvidia {
+        findings.push(gpu_direct());
+    }
     findings
+}
+
+/// What there is of GPUDirect Storage. Nobody misses it who has not asked for it, so that it is no trouble.
+fn gpu_direct() -> Finding {
+    let module = read("/proc/driver/nvidia-fs/version");
+    let module = module.map_or("nvidia-fs is not loaded".into(), |version| {
+        format!("nvidia-fs {}", version.lines().next().unwrap_or_default())
+    });
+    let state = match ucm::cufile::library() {
+        Ok(library) => format!("{library}, {module}; gpu_direct tries each directory out at open"),
+        Err(error) => format!("{error}; {module}"),
+    };
+    Finding::good("gpu_direct", state)
 }
 
 #[allow(unsafe_code)]

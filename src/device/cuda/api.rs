@@ -127,8 +127,6 @@ function_table! {
         cuCtxGetId: fn(*mut c_void, *mut u64);
         cuPointerGetAttribute: fn(*mut c_void, c_int, Address);
         cuEventSynchronize: fn(*mut c_void);
-        cuMemcpyHtoD: fn(Address, *const c_void, usize);
-        cuMemcpyDtoH: fn(*mut c_void, Address, usize);
         cuModuleLoadData: fn(*mut *mut c_void, *const c_void);
         cuModuleUnload: fn(*mut c_void);
         cuModuleGetFunction: fn(*mut *mut c_void, *mut c_void, *const c_char);
@@ -153,8 +151,6 @@ const SUFFIXED: &[(&str, &CStr)] = &[
     ("cuMemFree", c"cuMemFree_v2"),
     ("cuMemGetAddressRange", c"cuMemGetAddressRange_v2"),
     ("cuMemcpy2DAsync", c"cuMemcpy2DAsync_v2"),
-    ("cuMemcpyHtoD", c"cuMemcpyHtoD_v2"),
-    ("cuMemcpyDtoH", c"cuMemcpyDtoH_v2"),
 ];
 
 type GetProcAddress =

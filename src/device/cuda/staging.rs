@@ -98,25 +98,33 @@ impl DeviceStaging for CudaStaging {
 
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         let to = self.check(offset, bytes.len())?;
-        let _entered = self.cuda.enter().map_err(told)?;
-        let Some(copy) = self.cuda.api.functions.cuMemcpyHtoD else { return Err(no_copies()) };
-        // SAFETY: the range lies in our allocation; the bytes are borrowed during the call, which blocks.
-        let status = unsafe { copy(to, bytes.as_ptr().cast(), bytes.len()) };
-        self.cuda.api.check("cuMemcpyHtoD", status).map_err(told)
+        // SAFETY: the range lies in our allocation, and the bytes are borrowed during the call.
+        unsafe { self.copy(to, bytes.as_ptr() as Address, bytes.len()) }
     }
 
     fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
         let from = self.check(offset, bytes.len())?;
-        let _entered = self.cuda.enter().map_err(told)?;
-        let Some(copy) = self.cuda.api.functions.cuMemcpyDtoH else { return Err(no_copies()) };
         // SAFETY: as above.
-        let status = unsafe { copy(bytes.as_mut_ptr().cast(), from, bytes.len()) };
-        self.cuda.api.check("cuMemcpyDtoH", status).map_err(told)
+        unsafe { self.copy(bytes.as_mut_ptr() as Address, from, bytes.len()) }
     }
 }
 
-fn no_copies() -> Error {
-    Error::new(ErrorKind::Unsupported, "libcuda has no cuMemcpyHtoD; install driver R520 or newer")
+impl CudaStaging {
+    /// A copy that has ended when this returns, also for the drive: what a plain copy of pageable memory leaves
+    /// under way is waited for.
+    ///
+    /// # Safety
+    /// Both ranges are valid during the call.
+    unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        let _entered = self.cuda.enter().map_err(told)?;
+        let stream = self.cuda.create_stream().map_err(told)?;
+        // SAFETY: as promised by the caller; the driver is done with pageable memory when the call returns.
+        let status = unsafe { (self.cuda.api.functions.cuMemcpyAsync)(to, from, bytes, stream.0) };
+        let copied = self.cuda.api.check("cuMemcpyAsync", status);
+        let ended = copied.and_then(|()| self.cuda.synchronize(stream));
+        self.cuda.destroy_stream(stream);
+        ended.map_err(told)
+    }
 }
 
 impl Drop for CudaStaging {
