@@ -105,6 +105,12 @@ fn load(store: &Store, batch: &Batch<'_>) -> Arc<Task> {
     unsafe { store.load(batch) }.unwrap()
 }
 
+/// Waits for a task that ends well, and lets go of it and of the events it holds.
+fn ended(task: Arc<Task>, stage: Stage) {
+    done(&task, stage);
+    done(&task, Stage::Released);
+}
+
 fn save_block(world: &World, store: &Store, number: u64) -> Result<(), Error> {
     let memory = world.fake.alloc(BLOCK);
     memory.write(&in_halves(number));
@@ -219,6 +225,60 @@ fn layers_are_verified_one_by_one() {
         store.close();
     }
     drop((memory, saves));
+    world.assert_no_leak();
+}
+
+/// Goal: several directories, each tried out, and several reactors share one cuFile; a directory that is not there is
+/// left out as ever, and one whose file system is refused refuses the path.
+#[test]
+fn directories_and_reactors_share_cufile() {
+    let world = World::new();
+    let second = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let both = format!("{}:{}", world.path().display(), second.path().display());
+    let tensor = (BLOCK / 2).to_string();
+    let keys = [("storage_backends", both.as_str()), ("io_threads", "2"), ("tensor_size", &tensor)];
+    let store = world.open_with(&keys).unwrap();
+    (1..17).for_each(|number| save_block(&world, &store, number).unwrap());
+    (1..17).for_each(|number| load_block(&world, &store, number).unwrap());
+    let used = [world.path(), second.path()].map(|path| !files(path, "segments").is_empty());
+    assert_eq!(used, [true, true], "both directories are used");
+    store.close();
+    drop(store);
+    world.cufile.fail_call("cuFileHandleRegister", 2, 5008);
+    let error = world.open_with(&keys).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    world.assert_no_leak();
+}
+
+/// Goal: addresses of plain host memory work too, as they do with pinned slots, and strided slices are converted on
+/// the device.
+#[test]
+fn host_memory_and_strided_slices_work() {
+    let world = World::new();
+    let store = world.open().unwrap();
+    let mut bytes = in_halves(1);
+    let addresses = [bytes[BLOCK / 2..].as_mut_ptr().cast(), bytes.as_mut_ptr().cast()];
+    ended(save(&store, &batch(&[id(1)], None, &addresses)), Stage::Persisted);
+    bytes.fill(0xEE);
+    ended(load(&store, &batch(&[id(1)], None, &addresses)), Stage::Loaded);
+    assert!(bytes == in_halves(1));
+    store.close();
+    drop(store);
+    // Rows of 256 bytes that lie twice as far apart in memory.
+    const ROW: usize = 256;
+    let shape = format!("{ROW},{}:{}", BLOCK / ROW, 2 * ROW);
+    let store = world.open_with(&[("tensor_shape_list", &shape)]).unwrap();
+    let memory = world.fake.alloc(2 * BLOCK);
+    let apart: Vec<u8> =
+        block_bytes(2).chunks(ROW).flat_map(|row| [row, &[7; ROW]].concat()).collect();
+    memory.write(&apart);
+    let addresses = [memory.base.cast()];
+    ended(save(&store, &batch(&[id(2)], None, &addresses)), Stage::Persisted);
+    memory.write(&vec![7; 2 * BLOCK]);
+    ended(load(&store, &batch(&[id(2)], None, &addresses)), Stage::Loaded);
+    assert!(memory.read() == apart, "rows are not where they were");
+    store.close();
+    drop((store, memory));
     world.assert_no_leak();
 }
 
@@ -490,6 +550,43 @@ fn closing_waits_for_transfers_in_flight() {
     // What began has ended before the close did: nothing may touch the memory now.
     drop((loads, store, memory));
     world.assert_no_leak();
+}
+
+/// Goal: a device that is lost under the direct path ends its entries with DEVICE, and the store closes; what is on the
+/// drive is served by the next process.
+#[test]
+fn a_lost_device_ends_entries_and_the_store_closes() {
+    const CHILD: &str = "UCM_TEST_DIRECT_LOST";
+    if std::env::var_os(CHILD).is_none() {
+        // In a process of its own: what a lost device may still touch stays for ever.
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_lost_device_ends_entries_and_the_store_closes", "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}");
+        return;
+    }
+    let world = World::new();
+    let store = world.open().unwrap();
+    (1..3).for_each(|number| save_block(&world, &store, number).unwrap());
+    let memory = std::mem::ManuallyDrop::new(world.fake.alloc(BLOCK));
+    let addresses = halves(&memory);
+    world.cufile.hold(true);
+    let loads = [1, 2].map(|number| load(&store, &batch(&[id(number)], None, &addresses)));
+    std::thread::sleep(Duration::from_millis(50));
+    world.fake.fail(1, 700, true);
+    world.cufile.hold(false);
+    for task in &loads {
+        assert_eq!(failure(task, Stage::Loaded), ErrorKind::Device);
+        done(task, Stage::Released);
+    }
+    let task = save(&store, &batch(&[id(3)], None, &addresses));
+    assert_eq!(failure(&task, Stage::Persisted), ErrorKind::Device);
+    store.close();
+    // Neither the device nor what it leaked can be given back.
+    std::process::exit(0);
 }
 
 /// Goal: a segment that is recycled or removed is forgotten by cuFile too, else its space would stay in use.

@@ -73,7 +73,7 @@ fn hashes_are_exact() {
     lengths.retain(|length| *length >= HASH_BYTES_MIN);
     let run = |bytes: u64| {
         let offset = numbers.below((BYTES as u64 - bytes) / 8 + 1) as usize * 8;
-        let seed = if bytes % 7 == 0 { 0 } else { numbers.next() };
+        let seed = if bytes.is_multiple_of(7) { 0 } else { numbers.next() };
         HashRun { offset, bytes, seed }
     };
     let runs: Vec<HashRun> = lengths.into_iter().map(run).collect();

@@ -86,7 +86,8 @@ fn ground(config: &Config, device: &Arc<dyn Device>) -> Result<Ground> {
     let memory = device.staging(payloads + cufile::trial_bytes(directories))?;
     let pinned = Pinned::new(Arc::clone(device), memory.base());
     let trailers = Arena::open(&ArenaRequest {
-        bytes: slots * PAGE,
+        // A page more, so that neither ends where device memory begins: such neighbours would be taken for one.
+        bytes: (slots + 1) * PAGE,
         numa_node: device.numa_node().or_else(|| numa::node_of_cpus(&config.cpu_affinity)),
         huge_pages: config.huge_pages,
         ranks: config.local_ranks,
