@@ -38,7 +38,15 @@ impl Parts {
         let id = self.create(key, State::QueuedSave);
         let part = &mut self.parts[id as usize];
         part.claimed.insert(unit.shard());
-        part.gathers.push(unit);
+        // Where nobody waits there is room, as a rule: the unit need not be kept for later.
+        let may_start = self.queued() == 0 && (!self.is_layerwise() || self.may_start_partial());
+        if may_start && let Some(slot) = self.take_slot(actions) {
+            self.give_slot(id, slot);
+            self.start_filling(id, actions);
+            self.gather(id, unit, actions);
+            return;
+        }
+        self.parts[id as usize].gathers.push(unit);
         self.save_queue.push_back(id);
         self.pump(actions);
     }
