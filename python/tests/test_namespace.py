@@ -23,12 +23,14 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1 import kv_cache_interface as kv
 
 from ucm import Store
+from ucm.integration.vllm.attention import cuda_attention
 from ucm.integration.vllm.config import parse
 from ucm.integration.vllm.geometry import GeometryError
 from ucm.integration.vllm.groups import group_shape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.namespace import NamespaceError, neighbours
-from ucm.integration.vllm.platform import find_namespace
+from ucm.integration.vllm.order import Platform
+from ucm.integration.vllm.platform import find_namespace, refuse_other_backends
 from ucm.integration.vllm.rank import rank_of
 
 BLOCK = 32
@@ -221,3 +223,70 @@ def test_log_names_the_difference(model: str, tmp_path: Path) -> None:
     [(path, fields)] = neighbours(mine, [str(tmp_path)])
     assert Path(path).parent == tmp_path
     assert fields == {"dtype": ("bfloat16", "float32")}
+
+
+class _Sixteens:
+    base = 16
+
+
+def _backend(name: str, sizes: list[Any], layout: str | None = None) -> Any:
+    return type(name, (), {
+        "get_name": staticmethod(lambda: name),
+        "get_supported_kernel_block_sizes": staticmethod(lambda: sizes),
+        "get_required_kv_cache_layout": classmethod(lambda _: layout),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "tokens", "expected"), [
+    (_backend("FLASH_ATTN", [_Sixteens]), 128, ("FLASH_ATTN", "NHD", 0)),
+    (_backend("FLASHINFER", [16, 32, 64]), 128, ("FLASHINFER", "NHD", 64)),
+    (_backend("FLASHINFER", [16, 32, 64]), 32, ("FLASHINFER", "NHD", 0)),
+    (_backend("FLASHINFER", [16, 32, 64], "HND"), 128, ("FLASHINFER", "HND", 64)),
+    (_backend("FLASHINFER", [16, 32, 64, 128], "HND"), 128, ("FLASHINFER", "HND", 0)),
+])  # fmt: skip
+def test_attention_is_asked_of_vllm(
+    monkeypatch: pytest.MonkeyPatch, model: str, backend: Any, tokens: int, expected: tuple[str, str, int]
+) -> None:
+    """What vLLM will choose is known in processes that have no layers and no current configuration."""
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import utils
+
+    def choose(*, head_size: int, dtype: Any, kv_cache_dtype: str, use_mla: bool) -> Any:
+        assert get_current_vllm_config() is config
+        return backend
+
+    config = vllm_config(model)
+    monkeypatch.setattr(selector, "get_attn_backend", choose)
+    utils.get_kv_cache_layout.cache_clear()
+    found = cuda_attention(config, tokens)
+    assert (found.backend, found.layout, found.kernel_tokens) == expected
+
+
+def test_a_server_starts_where_vllm_does_not_say_what_it_chooses(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    from vllm.v1.attention import selector
+
+    monkeypatch.delattr(selector, "get_attn_backend")
+    assert cuda_attention(vllm_config(model), BLOCK).backend == ""
+
+
+def test_layers_on_another_backend_are_refused(model: str) -> None:
+    """Blocks would be saved under the name of a byte order that they do not have."""
+
+    class Layer:
+        def get_attn_backend(self) -> Any:
+            return _backend("FLEX_ATTENTION", [])
+
+    config = vllm_config(model)
+    config.compilation_config.static_forward_context["layer"] = Layer()
+    platform = Platform("cuda", "FLASH_ATTN", (0, 26), "", "gqa", "bfloat16", "NHD")
+    found = namespace(config)
+    private = dataclasses.replace(found, order="private-cuda")
+    refuse_other_backends(config, private, platform, ["layer"])  # shared with nobody
+    named = dataclasses.replace(found, order="nhd-packed")
+    with pytest.raises(NamespaceError, match="--attention-backend FLEX_ATTENTION"):
+        refuse_other_backends(config, named, platform, ["layer", "no layer"])
+    other = dataclasses.replace(platform, device="cpu")
+    refuse_other_backends(config, named, other, ["layer"])

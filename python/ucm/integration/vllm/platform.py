@@ -6,9 +6,11 @@ Owns the look into ``VllmConfig``; the names it finds there differ by vLLM versi
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, Final
 
+from ucm.integration.vllm.attention import Attention, cuda_attention, named_backend, running_backends
 from ucm.integration.vllm.config import ConnectorConfig
 from ucm.integration.vllm.namespace import (
     FORMAT_VERSION,
@@ -16,7 +18,7 @@ from ucm.integration.vllm.namespace import (
     NamespaceError,
     model_fingerprint,
 )
-from ucm.integration.vllm.order import Platform, order_name
+from ucm.integration.vllm.order import PRIVATE, Platform, order_name
 
 EFFECTIVE_KEYS: Final = ("sliding_window", "max_window_layers", "layer_types", "use_sliding_window")
 """Keys of the effective HF config that flags can change without changing config.json."""
@@ -168,26 +170,6 @@ def cpu_isa(vllm_config: Any, block_tokens: int) -> str:
     return str(choose(*arguments))
 
 
-def _backend_name(vllm_config: Any, device: str) -> str:
-    if device == "cpu":
-        return "CPU_ATTN"
-    chosen = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
-    name = getattr(chosen, "name", None) or os.environ.get("VLLM_ATTENTION_BACKEND", "")
-    return str(name).upper()
-
-
-KERNEL_TOKENS: Final = {"FLASHINFER": (64, 32, 16)}
-"""Block sizes of kernels that vLLM splits larger blocks for, preferred first."""
-
-
-def _kernel_tokens(backend: str, block_tokens: int) -> int:
-    """Tokens of the kernel's blocks where vLLM splits its own; 0 where it does not."""
-    sizes = KERNEL_TOKENS.get(backend)
-    if sizes is None or block_tokens in sizes:
-        return 0
-    return next((size for size in sizes if block_tokens % size == 0), 0)
-
-
 def find_platform(vllm_config: Any, block_tokens: int) -> Platform:
     """What the byte order depends on, here."""
     from vllm.platforms import current_platform
@@ -195,22 +177,32 @@ def find_platform(vllm_config: Any, block_tokens: int) -> Platform:
     device = str(current_platform.device_type)
     if device == "cuda" and current_platform.is_rocm():
         device = "rocm"
-    layout = ""
     if device == "cuda":
-        from vllm.v1.attention.backends.utils import get_kv_cache_layout
-
-        layout = str(get_kv_cache_layout())
-    backend = _backend_name(vllm_config, device)
+        attention = cuda_attention(vllm_config, block_tokens)
+    else:
+        attention = Attention("CPU_ATTN" if device == "cpu" else named_backend(vllm_config), "", 0)
     return Platform(
         device=device,
-        backend=backend,
-        kernel_tokens=_kernel_tokens(backend, block_tokens),
+        backend=attention.backend,
+        kernel_tokens=attention.kernel_tokens,
         vllm=vllm_version(),
         isa=cpu_isa(vllm_config, block_tokens) if device == "cpu" else "",
         family="mla" if is_mla(vllm_config) else "gqa",
         kv_dtype=kv_dtype_name(vllm_config),
-        layout=layout,
+        layout=attention.layout,
     )
+
+
+def refuse_other_backends(vllm_config: Any, namespace: Namespace, platform: Platform, names: Any) -> None:
+    """Refuses layers whose kernels write another byte order than the namespace names."""
+    if platform.device != "cuda" or namespace.order.startswith(PRIVATE):
+        return
+    for backend in running_backends(vllm_config, names):
+        if order_name(dataclasses.replace(platform, backend=backend)) != namespace.order:
+            raise NamespaceError(
+                f"the attention layers run on {backend}, whose byte order is not {namespace.order}; "
+                f"start vLLM with --attention-backend {backend}"
+            )
 
 
 def find_namespace(vllm_config: Any, config: ConnectorConfig, block_tokens: int) -> Namespace:

@@ -173,11 +173,12 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         """The shape of a page, where other byte orders can be read into it."""
         from ucm.integration.vllm.convert import PageShape
         from ucm.integration.vllm.order import PRIVATE, TOKEN_MAJOR
-        from ucm.integration.vllm.platform import find_platform
+        from ucm.integration.vllm.platform import find_platform, refuse_other_backends
 
         shape = self._shape
-        kernel_tokens = find_platform(self._vllm_config, shape.block_tokens).kernel_tokens
-        expected = shape.block_tokens // kernel_tokens if kernel_tokens else 1
+        platform = find_platform(self._vllm_config, shape.block_tokens)
+        refuse_other_backends(self._vllm_config, self._namespace, platform, shape.names)
+        expected = shape.block_tokens // platform.kernel_tokens if platform.kernel_tokens else 1
         named = not self._namespace.order.startswith(PRIVATE)
         if layout.kernel_blocks != expected and named and self._namespace.order not in TOKEN_MAJOR:
             raise ValueError(
@@ -227,7 +228,9 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", "")
-            self._worker.start_loads(self._step(), whole_graph=mode == "FULL")
+            # Runner V2 replays a whole graph under a context that says nothing of it, nor of attention.
+            silent = forward_context is not None and forward_context.attn_metadata is None
+            self._worker.start_loads(self._step(), whole_graph=silent or mode == "FULL")
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if self._worker is not None:
