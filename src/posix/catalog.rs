@@ -281,7 +281,6 @@ impl Intake<'_> {
         }
         let key = PartKey { block: record.block, part: record.part };
         let location = Location { segment, page: record.page };
-        catalog.index.prefetch(&key);
         self.published.push((key, Found { location, checksum: record.checksum }));
         if self.published.len() == PREFETCH {
             self.publish_fetched();
@@ -289,6 +288,7 @@ impl Intake<'_> {
     }
 
     fn publish_fetched(&mut self) {
+        self.catalog.index.prefetch(self.published.iter().map(|(key, _)| key));
         for (key, found) in self.published.drain(..) {
             self.catalog.publish(&key, found);
         }
