@@ -16,6 +16,7 @@ use crate::posix::format::{Kind, Record};
 use crate::posix::host::boot_time;
 use crate::posix::index::{Found, Index, Location, PREFETCH};
 use crate::posix::names::SegmentName;
+use crate::posix::tail::Taker;
 
 /// Quarantined extents that are remembered; beyond it the oldest knowledge is dropped wholesale, and a bad
 /// extent costs one failed read more.
@@ -246,9 +247,13 @@ impl Catalog {
     }
 }
 
-impl Intake<'_> {
-    /// Takes one record.
-    pub fn take(&mut self, record: &Record) {
+impl Taker for Intake<'_> {
+    /// Makes room at once: growing step by step copies each part five times.
+    fn expect(&mut self, records: usize) {
+        self.catalog.index.reserve(records);
+    }
+
+    fn take(&mut self, record: &Record) {
         match record.kind {
             Kind::Publish => self.publish(record),
             Kind::Retire => {
@@ -268,7 +273,9 @@ impl Intake<'_> {
             Kind::Seal | Kind::Epoch | Kind::Heartbeat => {}
         }
     }
+}
 
+impl Intake<'_> {
     fn publish(&mut self, record: &Record) {
         let catalog = self.catalog;
         if u64::from(record.length) != catalog.part_bytes || record.part >= catalog.part_count {

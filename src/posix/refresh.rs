@@ -406,7 +406,7 @@ impl Reader {
     fn poll(&self, refresher: &Refresher, tail: &mut ManifestTail) -> Result<()> {
         let mut intake = refresher.catalog.intake(self.home.number, tail.name.writer);
         let bad = tail.bad_records;
-        let polled = tail.poll(&self.home, &mut |record| intake.take(record));
+        let polled = tail.poll(&self.home, &mut intake);
         let counter = &refresher.catalog.counters.bad_records;
         counter.fetch_add(tail.bad_records - bad, Ordering::Relaxed);
         polled

@@ -39,6 +39,14 @@ pub enum Growth {
     Unreadable,
 }
 
+/// Whoever asked for records.
+pub trait Taker {
+    /// About so many will come.
+    fn expect(&mut self, records: usize);
+    /// Here is one.
+    fn take(&mut self, record: &Record);
+}
+
 /// What a manifest says that outlives its own segments.
 #[derive(Clone, Debug, Default)]
 pub struct Says {
@@ -121,9 +129,9 @@ impl ManifestTail {
         }
     }
 
-    /// Reads what is new and hands it to `take`, in order. Blocks; on a path pool only. A manifest that is
+    /// Reads what is new and hands it to `taker`, in order. Blocks; on a path pool only. A manifest that is
     /// not fully created yet has nothing new.
-    pub fn poll(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
+    pub fn poll(&mut self, home: &Home, taker: &mut dyn Taker) -> Result<()> {
         if self.growth != Growth::Live {
             return Ok(());
         }
@@ -131,7 +139,7 @@ impl ManifestTail {
         if self.file.is_none() {
             self.file = Some(files.open(&self.path, home.open_how(Access::Read))?);
         }
-        let polled = self.poll_open(home, take);
+        let polled = self.poll_open(home, taker);
         if polled.is_ok() {
             // A read that failed has not seen that nothing changed.
             self.polled_at = boot_time();
@@ -169,7 +177,7 @@ impl ManifestTail {
         self.polled_at.saturating_sub(self.changed_at)
     }
 
-    fn poll_open(&mut self, home: &Home, take: &mut dyn FnMut(&Record)) -> Result<()> {
+    fn poll_open(&mut self, home: &Home, taker: &mut dyn Taker) -> Result<()> {
         let Some(file) = self.file.clone() else { return Ok(()) };
         let files = home.backend.files();
         let mut pages = Pages::new(RECORD_PAGE_FIRST as usize);
@@ -198,10 +206,10 @@ impl ManifestTail {
         // The older one first: a power cut may keep the newer head and lose the full page that it counts, into
         // which the records of the older one went.
         for (head, at) in heads {
-            self.read_full_pages(home, &file, head.page, take)?;
+            self.read_full_pages(home, &file, head.page, taker)?;
             let page = &pages.bytes()[at * PAGE..][..PAGE];
             for index in 0..head.count as usize {
-                self.take_record(head_record(page, index), sequence_of(head.page, index), take);
+                self.take_record(head_record(page, index), sequence_of(head.page, index), taker);
             }
         }
         self.commit = commit;
@@ -263,12 +271,19 @@ impl ManifestTail {
         home: &Home,
         file: &File,
         end: u32,
-        take: &mut dyn FnMut(&Record),
+        taker: &mut dyn Taker,
     ) -> Result<()> {
         if self.page >= end {
             return Ok(());
         }
-        let mut chunk = Pages::new((end - self.page).min(CHUNK_PAGES) as usize);
+        let count = end - self.page;
+        if count > CHUNK_PAGES {
+            // Many at once, as at a restart. What the head says is believed as far as the file reaches.
+            let length = home.backend.files().file_metadata(file)?.length / PAGE as u64;
+            let there = length.saturating_sub(u64::from(self.page)).min(u64::from(count));
+            taker.expect(there as usize * RECORDS_PER_PAGE);
+        }
+        let mut chunk = Pages::new(count.min(CHUNK_PAGES) as usize);
         while self.page < end {
             let count = (end - self.page).min(CHUNK_PAGES) as usize;
             let offset = u64::from(self.page) * PAGE as u64;
@@ -279,7 +294,7 @@ impl ManifestTail {
             for (index, bytes) in chunk.bytes()[..got * PAGE].chunks_exact(RECORD_BYTES).enumerate()
             {
                 let page = self.page + (index / RECORDS_PER_PAGE) as u32;
-                self.take_record(bytes, sequence_of(page, index % RECORDS_PER_PAGE), take);
+                self.take_record(bytes, sequence_of(page, index % RECORDS_PER_PAGE), taker);
             }
             self.page += got as u32;
         }
@@ -287,7 +302,7 @@ impl ManifestTail {
     }
 
     /// A bad record before a good one is skipped and counted, never taken as the end.
-    fn take_record(&mut self, bytes: &[u8], sequence: u64, take: &mut dyn FnMut(&Record)) {
+    fn take_record(&mut self, bytes: &[u8], sequence: u64, taker: &mut dyn Taker) {
         if sequence < self.next || self.growth == Growth::Unreadable {
             return;
         }
@@ -301,7 +316,7 @@ impl ManifestTail {
                     self.growth = Growth::Final;
                 }
                 self.says.note(&record, self.name.writer);
-                take(&record);
+                taker.take(&record);
             }
             Decoded::Skip => {}
             Decoded::Unknown(kind) => {

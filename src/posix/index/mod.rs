@@ -210,6 +210,18 @@ impl Index {
         }
     }
 
+    /// Makes room for so many parts more, as far as that can be told shard by shard.
+    pub fn reserve(&self, additional: usize) {
+        let mean = (self.len() + additional) / SHARDS;
+        // Shards differ by the square root of what they hold; twice that, and few have to grow again.
+        let size = TableSize::of(mean + 2 * mean.isqrt());
+        for (number, shard) in self.shards.iter().enumerate() {
+            if shard.grow_to(size, &self.memory) {
+                self.laid.lock().push_back((number, size));
+            }
+        }
+    }
+
     /// Removes a part if it still is at `location`.
     pub fn remove_at(&self, key: &PartKey, location: Location) -> bool {
         let folded = Folded::of(&key.block, key.part);

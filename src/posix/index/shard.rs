@@ -119,7 +119,7 @@ impl Shard {
         }
         let grows = !table.has_room(*used);
         if grows {
-            table = self.grow(table, memory);
+            table = self.grow(table, table.next_size(), memory);
         }
         self.change(|| table.add(folded.hash, &entry));
         *used += 1;
@@ -130,15 +130,26 @@ impl Shard {
     pub(super) fn grow_from(&self, size: TableSize, memory: &Mutex<Memory>) -> Option<TableSize> {
         let _used = self.used.lock();
         let table = self.table();
-        (table.size() == size).then(|| self.grow(table, memory).size())
+        (table.size() == size).then(|| self.grow(table, table.next_size(), memory).size())
+    }
+
+    /// Grows to `size`, if that is more; whether it was.
+    pub(super) fn grow_to(&self, size: TableSize, memory: &Mutex<Memory>) -> bool {
+        let _used = self.used.lock();
+        let table = self.table();
+        let grows = table.size() < size;
+        if grows {
+            self.grow(table, size, memory);
+        }
+        grows
     }
 
     /// Puts a larger copy into the table's place. For whoever holds `used`.
-    fn grow(&self, table: Table, memory: &Mutex<Memory>) -> Table {
+    fn grow(&self, table: Table, size: TableSize, memory: &Mutex<Memory>) -> Table {
         // The lock is held while entries are copied: shards that grow at the same time do so one by one, and
         // what is laid together is of one age.
         let mut memory = memory.lock();
-        let grown = table.grown(&mut memory);
+        let grown = table.resized(size, &mut memory);
         let (words, groups) = grown.into_raw();
         self.change(|| {
             self.words.store(words.as_ptr(), Ordering::Relaxed);

@@ -116,9 +116,16 @@ impl Entry {
     }
 }
 
-/// How large a table is. All tables grow in the same steps.
+/// How large a table is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct TableSize(usize);
+
+impl TableSize {
+    /// The smallest table for so many entries.
+    pub(super) fn of(entries: usize) -> Self {
+        Self((entries * 100).div_ceil(WAYS * LOAD_PERCENT_MAX))
+    }
+}
 
 /// A table's memory and size. A copy is as good as the original; who owns the memory is the shard's matter.
 #[derive(Clone, Copy)]
@@ -299,15 +306,19 @@ impl Table {
         })
     }
 
-    /// A copy with more room.
-    pub(super) fn grown(&self, memory: &mut Memory) -> Self {
-        let more = (self.groups / GROWTH_SHARE).max(1);
-        let grown = Self::with_groups(memory, self.groups + more);
+    /// The size that follows.
+    pub(super) fn next_size(&self) -> TableSize {
+        TableSize(self.groups + (self.groups / GROWTH_SHARE).max(1))
+    }
+
+    /// A copy of another size, that has room for all.
+    pub(super) fn resized(&self, size: TableSize, memory: &mut Memory) -> Self {
+        let resized = Self::with_groups(memory, size.0);
         for place in self.places() {
             let entry = self.entry(place);
-            grown.add(entry.hash(), &entry);
+            resized.add(entry.hash(), &entry);
         }
-        grown
+        resized
     }
 }
 

@@ -116,6 +116,21 @@ fn memory_is_bounded_at_every_size() {
     }
 }
 
+/// Making room loses nothing, costs no more than growing, and few tables grow after it.
+#[test]
+fn reserved_room_is_enough() {
+    let index = Index::new();
+    (0..1000).for_each(|id| assert_eq!(index.insert(&key(id, 0), value(1, id as u32)), None));
+    index.reserve(99_000);
+    let reserved = index.bytes();
+    assert!(reserved <= 64 * 100_000, "{reserved} bytes");
+    (1000..100_000).for_each(|id| assert_eq!(index.insert(&key(id, 0), value(1, id as u32)), None));
+    assert!(index.bytes() <= reserved + reserved / 8, "{} after {reserved}", index.bytes());
+    (0..100_000).for_each(|id| assert_eq!(index.find(&key(id, 0)), Some(value(1, id as u32))));
+    index.reserve(0);
+    assert_eq!(index.len(), 100_000);
+}
+
 /// Lookups by one thread while another inserts: nothing inserted before is ever missed.
 #[test]
 fn readers_never_miss_while_tables_grow() {
