@@ -41,7 +41,9 @@ impl Ground {
         let each = bytes / directories.len().max(1) as u64 + SPARE_BYTES;
         for directory in directories {
             if !directory.exists() {
+                // Its parents are not made: where they are missing too, the path is mistyped.
                 make(directory)?;
+                eprintln!("ucm-bench: {} is made for this run", directory.display());
                 ground.made.push(directory.clone());
             }
             tell_leftovers(directory);
@@ -88,8 +90,12 @@ impl Drop for Ground {
     }
 }
 
+/// One folder; that it is there already is as good.
 fn make(directory: &Path) -> Result<(), String> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|error| {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    std::fs::DirBuilder::new().mode(0o700).create(directory).map_err(|error| {
         format!(
             "{}: cannot be made: {error}; give a --directory you may write to",
             directory.display()
@@ -142,6 +148,16 @@ mod tests {
         let ground = Ground::new(std::slice::from_ref(&directory), 1, After::Remove).unwrap();
         std::fs::write(ground.folders()[0].join("x"), "x").unwrap();
         drop(ground);
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+
+    /// Goal: a path whose parent is missing is mistyped; nothing is made.
+    #[test]
+    fn a_missing_parent_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("mistyped").join("kv");
+        let error = Ground::new(&[directory], 1, After::Remove).err().expect("no parent");
+        assert!(error.contains("mistyped/kv"), "{error}");
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 

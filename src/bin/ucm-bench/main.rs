@@ -33,7 +33,8 @@ mod writers;
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use clap::ArgMatches;
 
@@ -42,6 +43,8 @@ use crate::run::Context;
 
 /// Exit status where blocks failed or bytes were wrong.
 const EXIT_FAILURES: u8 = 2;
+/// A signal that follows the first one after this time says that the user does not want to wait.
+const IMPATIENCE_MS: u64 = 500;
 
 fn main() -> ExitCode {
     match start() {
@@ -65,12 +68,7 @@ fn start() -> Result<ExitCode, String> {
     let syscalls = meter::Syscalls::start();
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // The second Ctrl-C ends the process at once.
-        let twice =
-            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted));
-        twice
-            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
-            .map_err(|error| format!("signal handler: {error}"))?;
+        end_on(signal, &interrupted).map_err(|error| format!("signal handler: {error}"))?;
     }
     let context = |matches: &ArgMatches| Context {
         interrupted: Arc::clone(&interrupted),
@@ -100,6 +98,25 @@ fn start() -> Result<ExitCode, String> {
         },
         _ => jobs(&matches, &context(&matches)),
     }
+}
+
+/// The first signal asks the run to end, which removes what it has made; one that comes a while later ends the
+/// process at once. `timeout` sends two in one moment, which is no impatience.
+fn end_on(signal: i32, interrupted: &Arc<AtomicBool>) -> std::io::Result<()> {
+    /// Milliseconds from `begun` to the first signal of either kind, and one; 0 while there was none.
+    static FIRST: AtomicU64 = AtomicU64::new(0);
+    let (begun, interrupted) = (Instant::now(), Arc::clone(interrupted));
+    let handler = move || {
+        interrupted.store(true, Ordering::Relaxed);
+        let now = begun.elapsed().as_millis() as u64 + 1;
+        let first = FIRST.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+        if first.is_err_and(|first| now.saturating_sub(first) >= IMPATIENCE_MS) {
+            signal_hook::low_level::exit(130);
+        }
+    };
+    // SAFETY: the handler stores to atomics, reads the clock and leaves by _exit, all of which a signal handler
+    // may do.
+    unsafe { signal_hook::low_level::register(signal, handler) }.map(drop)
 }
 
 fn jobs(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String> {
