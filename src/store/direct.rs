@@ -12,7 +12,7 @@ use super::engine::Engine;
 use super::regions::Claim;
 use crate::block::{PAGE, PartKey};
 use crate::config::Checksum;
-use crate::copy::{Job, Urgency};
+use crate::copy::{Job, Size, Urgency};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Class, DmaSlice};
 use crate::parts::{PartId, Unit};
@@ -106,7 +106,7 @@ impl Engine {
                     Vec::new()
                 });
                 let bytes = engine.config.geometry.part_bytes;
-                engine.pool.push(vec![Job::Compute(Urgency::Load, bytes, verify)]);
+                engine.pool.read(Job::Compute(Urgency::Load, bytes, verify), Size::of(bytes));
             }
             result => engine.end_direct_load(unit, claim, key, found, result),
         });
