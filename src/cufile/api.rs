@@ -218,3 +218,22 @@ pub(crate) fn describe(code: c_int) -> (ErrorKind, String) {
     };
     (kind, format!("{text} (cuFile status {code})"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: every status has a sentence that tells its number, and what a machine lacks is UNSUPPORTED.
+    #[test]
+    fn every_status_has_a_sentence() {
+        for code in 5001..5060 {
+            let (_, text) = describe(code);
+            assert!(text.contains(&code.to_string()) && text.len() > 30, "{code}: {text}");
+        }
+        for code in [5001, 5004, 5007, 5008, 5009, 5020, 5033, 5034] {
+            assert_eq!(describe(code).0, ErrorKind::Unsupported, "{code}");
+        }
+        assert_eq!(describe(CUDA_DRIVER_ERROR).0, ErrorKind::Device);
+        assert!(describe(5001).1.contains("modprobe nvidia-fs"));
+    }
+}

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use super::api::{Api, DRIVER_ALREADY_OPEN, INDIRECT_FLAGS, INDIRECT_PARAMETERS, Properties};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::thread::quietly;
 
 struct Open {
     api: Arc<Api>,
@@ -79,8 +80,9 @@ fn start() -> Result<Open> {
             let _ = unsafe { set(*parameter, false) };
         }
     }
+    // Its threads take no signals of the program.
     // SAFETY: no arguments; the lock keeps others of this library from it.
-    let status = unsafe { (api.functions.driver_open)() };
+    let status = quietly(|| unsafe { (api.functions.driver_open)() });
     let borrowed = status.code == DRIVER_ALREADY_OPEN;
     if !borrowed {
         api.check("cuFileDriverOpen", status)?;

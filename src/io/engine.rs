@@ -70,7 +70,7 @@ pub enum Registration {
 
 /// An engine. `push` and `register_memory` are unsafe by nature, see there.
 pub trait Io: Send {
-    /// `io_uring`, `psync` or `sim`.
+    /// `io_uring`, `psync`, `cufile` or `sim`.
     fn name(&self) -> &'static str;
 
     /// Features in use, for reports.

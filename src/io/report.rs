@@ -29,7 +29,7 @@ impl fmt::Display for Fallback {
 /// A backend, as seen from outside.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// `io_uring`, `psync` or `sim`.
+    /// `io_uring`, `psync`, `cufile` or `sim`.
     pub engine: String,
     /// Features of the engine in use (ring flags and the like).
     pub features: Vec<String>,

@@ -188,6 +188,11 @@ impl Fake {
             .collect()
     }
 
+    /// Whether nothing made since `take` is there.
+    pub fn is_clean(&self) -> bool {
+        self.live() == self.before
+    }
+
     /// Fails if anything made since `take` is still there.
     pub fn assert_no_leak(&self) {
         assert_eq!(self.live(), self.before, "leaked, of {KINDS_OF_OBJECTS:?}: {:?}", self.kind);
