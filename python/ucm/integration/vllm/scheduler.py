@@ -78,7 +78,10 @@ class SchedulerSide:
         """The last step that loads blocks in itself."""
         self._seen_step = 0
         """The last step whose failures are known."""
+        self._empty_steps: set[int] = set()
+        """Steps under way that compute nothing."""
         self._computes = False
+        """Whether the step that was heard of last computed anything."""
         self.stats = UcmStats()
 
     # -- loading ------------------------------------------------------------------------------
@@ -257,7 +260,12 @@ class SchedulerSide:
     def build(self, scheduler_output: Any) -> StepMetadata:
         """The metadata of the step that was just scheduled."""
         step, self._step = self._step, StepMetadata(number=self._step.number + 1)
-        step.computes = self._computes = scheduler_output.total_num_scheduled_tokens > 0
+        step.computes = scheduler_output.total_num_scheduled_tokens > 0
+        self.stats.add("steps", step.computes)
+        if not CAN_REPORT:
+            self._computes = step.computes
+        elif not step.computes:
+            self._empty_steps.add(step.number)
         if any(load.hold for load in step.loads):
             self._doubtful_step = step.number
         step.preempted = list(getattr(scheduler_output, "preempted_req_ids", None) or ())
@@ -343,6 +351,8 @@ class SchedulerSide:
         report = getattr(output, "kv_connector_worker_meta", None)
         if report is not None:
             self._copied_step, self._seen_step = report.copied_step, report.step
+            self._computes = report.step not in self._empty_steps
+            self._empty_steps = {step for step in self._empty_steps if step > report.step}
             self._holds.answered(report.holds)
             self._pins.release(report.copied_step)
             for request_id, good in report.failed.items():

@@ -6,6 +6,9 @@ and steps add up.
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,7 +39,9 @@ COUNTERS: Final[dict[str, str]] = {
     "handoff_wait_seconds": "Seconds that they waited",
     "handoff_timeouts": "Waits that ended with handoff_wait_ms",
     "handoff_abandoned": "Waits that ended because the writer gave up",
+    "steps": "Steps that computed something",
     "scheduler_seconds": "Seconds spent in the scheduler-side connector",
+    "worker_seconds": "Seconds spent in the worker-side connector but for waits, of all ranks",
 }
 """Name and help of each counter; on /metrics they are ``ucm_<name>_total``."""
 
@@ -57,6 +62,13 @@ class UcmStats(KVConnectorStats):
     def add(self, name: str, amount: float = 1) -> None:
         """Counts."""
         self.data[name] = self.data.get(name, 0) + amount
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Counts the seconds of what is done inside."""
+        started = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - started)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
@@ -217,7 +216,8 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         super().bind_connector_metadata(connector_metadata)
         # Always before the forward pass; start_load_kv may come after it.
         if self._worker is not None and isinstance(connector_metadata, StepMetadata):
-            self._worker.begin(connector_metadata)
+            with self._worker.stats.timed("worker_seconds"):
+                self._worker.begin(connector_metadata)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if self._worker is not None:
@@ -230,7 +230,8 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
             mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", "")
             # Runner V2 replays a whole graph under a context that says nothing of it, nor of attention.
             silent = forward_context is not None and forward_context.attn_metadata is None
-            self._worker.start_loads(self._step(), whole_graph=silent or mode == "FULL")
+            with self._worker.stats.timed("worker_seconds"):
+                self._worker.start_loads(self._step(), whole_graph=silent or mode == "FULL")
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if self._worker is not None:
@@ -243,12 +244,14 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         # After the draft model's pass, where there is one; not called in steps without a pass.
         if self._worker is not None:
-            self._worker.save_step(self._step())
+            with self._worker.stats.timed("worker_seconds"):
+                self._worker.save_step(self._step())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
-        return self._worker.finished()
+        with self._worker.stats.timed("worker_seconds"):
+            return self._worker.finished()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         sent, received = self.get_finished(finished_req_ids)
@@ -282,33 +285,34 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
-        return self._scheduler.matched(request, num_computed_tokens)
+        with self._scheduler.stats.timed("scheduler_seconds"):
+            return self._scheduler.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
-        self._scheduler.allocated(request, blocks, num_external_tokens)
+        with self._scheduler.stats.timed("scheduler_seconds"):
+            self._scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self._scheduler is not None
-        started = time.perf_counter()
-        step = self._scheduler.build(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens:
-            self._scheduler.stats.add("scheduler_seconds", time.perf_counter() - started)
-        return step
+        with self._scheduler.stats.timed("scheduler_seconds"):
+            return self._scheduler.build(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
-        self._scheduler.worker_output(connector_output)
+        with self._scheduler.stats.timed("scheduler_seconds"):
+            self._scheduler.worker_output(connector_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request, [block_ids])
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request, list(block_ids))
+        with self._scheduler.stats.timed("scheduler_seconds"):
+            return self._scheduler.finished(request, list(block_ids))
 
     def reset_cache(self) -> bool | None:
         assert self._scheduler is not None
