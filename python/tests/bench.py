@@ -19,6 +19,9 @@ PROCESS_TIMEOUT_S = 1200
 
 CONNECTOR_KEYS = ("use_layerwise", "enable_event_sync", "handoff", "handoff_wait_ms", "save_wait_ms")
 
+OTHER = os.environ.get("UCM_TEST_OTHER_PYTHON", "")
+"""The interpreter of a vLLM of another version."""
+
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",

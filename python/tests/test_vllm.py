@@ -5,14 +5,13 @@ Every process is a new vLLM; what it prints is kept beside its result and shown 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from bench import BLOCK, PROMPTS, TAILS, TURN, Bench, external, loadable, loaded, prompt
+from bench import BLOCK, OTHER, PROMPTS, TAILS, TURN, Bench, external, loadable, loaded, prompt
 
 LONG = [prompt(1500, 20 + i) for i in range(12)]
 SIDES = ("scheduler_seconds", "worker_seconds")
@@ -148,10 +147,6 @@ def test_two_stages(bench: Bench, plain: list[dict[str, Any]]) -> None:
         assert loaded(phase) == layerwise * loadable(PROMPTS)
         assert phase["counters"]["ucm_queried_tokens"] > 0  # the scheduler's counters arrive too
     assert phase["counters"]["ucm_holds"] > 0
-
-
-OTHER = os.environ.get("UCM_TEST_OTHER_PYTHON", "")
-"""The interpreter of a vLLM of another version."""
 
 
 @pytest.mark.skipif(not OTHER, reason="UCM_TEST_OTHER_PYTHON names no other vLLM")
