@@ -1,7 +1,8 @@
 //! Instructions of the paths that every block takes: they repeat exactly where times do not.
 //!
 //! `cargo bench --bench instructions` runs each case under callgrind (`apt-get install valgrind`) and compares
-//! with `benches/instructions.txt`; `-- --save` writes that file. Under `cargo test` each case runs once, on
+//! with `benches/instructions.txt`; `-- --save` writes that file, which names its compiler: another one gives
+//! other counts, so then changes are shown and not marked. Under `cargo test` each case runs once, on
 //! small data and without valgrind. Counts are of this thread alone, so of store cases they are the caller's.
 
 mod cases;
@@ -13,6 +14,11 @@ use cases::Scale;
 
 /// Where counts are kept.
 const BASELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.txt");
+/// What a person without valgrind reads.
+const MISSING: &str = "valgrind is not installed; instructions are counted by its callgrind:\n  \
+    Debian, Ubuntu:  apt-get install valgrind\n  Fedora, RHEL:    dnf install valgrind";
+/// Begin of the line of the baseline that names its compiler.
+const COMPILER: &str = "# ";
 /// Runs that are counted, after as many that are not.
 const RUNS: u64 = 16;
 /// A change that is worth a mark, in percent.
@@ -36,8 +42,17 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let save = arguments.iter().any(|argument| argument == "--save");
-    let known = baseline();
-    let mut lines = String::new();
+    let compiler = compiler();
+    let (of, known) = baseline();
+    let comparable = of.as_ref() == Some(&compiler);
+    match &of {
+        None => println!("there is no baseline; `-- --save` makes one"),
+        Some(of) if !comparable => println!(
+            "the baseline is of {of}, this is {compiler}: changes may be the compiler's and are not marked"
+        ),
+        Some(of) => println!("the baseline is of {of}, as this is"),
+    }
+    let mut lines = format!("{COMPILER}{compiler}\n");
     println!("{:<42}{:>16}{:>14}{:>10}", "case", "instructions", "per item", "change");
     for case in cases::all(Scale::Small) {
         let counted = match count(case.name) {
@@ -49,7 +64,8 @@ fn main() -> ExitCode {
         };
         let run = counted as f64 / RUNS as f64;
         let change = known.get(case.name).map(|before| (run / before - 1.0) * 100.0);
-        let mark = change.filter(|change| change.abs() >= WORTH_A_MARK).map_or("", |_| "  <--");
+        let worth = comparable && change.is_some_and(|change| change.abs() >= WORTH_A_MARK);
+        let mark = if worth { "  <--" } else { "" };
         println!(
             "{:<42}{run:>16.0}{:>14.2}{:>10}{mark}",
             case.name,
@@ -86,18 +102,31 @@ fn count(name: &str) -> Result<u64, String> {
         .arg(program)
         .args(["--case", name])
         .output()
-        .map_err(|error| format!("valgrind: {error}; apt-get install valgrind"))?;
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => String::from(MISSING),
+            _ => format!("valgrind: {error}"),
+        })?;
     let text = String::from_utf8_lossy(&output.stderr);
     text.lines()
         .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok())
         .ok_or_else(|| format!("callgrind counted nothing for `{name}`:\n{text}"))
 }
 
-fn baseline() -> BTreeMap<String, f64> {
+/// The compiler and what it compiles for: what counts depend on beside the source.
+fn compiler() -> String {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version = Command::new(rustc).arg("--version").output();
+    let version = version.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    format!("{} for {}", version.unwrap_or_else(|_| "rustc ?".into()), std::env::consts::ARCH)
+}
+
+/// The compiler of the baseline and its counts.
+fn baseline() -> (Option<String>, BTreeMap<String, f64>) {
     let text = std::fs::read_to_string(BASELINE).unwrap_or_default();
     let parse = |line: &str| {
         let (count, name) = line.split_once('\t')?;
         Some((name.to_owned(), count.parse().ok()?))
     };
-    text.lines().filter_map(parse).collect()
+    let of = text.lines().find_map(|line| line.strip_prefix(COMPILER)).map(String::from);
+    (of, text.lines().filter_map(parse).collect())
 }
