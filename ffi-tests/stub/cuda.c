@@ -1,85 +1,11 @@
 /* A fake libcuda.so.1: the functions that UCM calls, with the signatures of the public driver API, over
- * the machine of machine.c. -DUCM_STUB_OLD leaves out what came with CUDA 12.8; -DUCM_STUB_HEADER compiles
- * it against a real cuda.h, which checks the signatures. */
-#include "machine.h"
+ * the machine of machine.c; its kernels are in cuda_kernels.c. -DUCM_STUB_OLD leaves out what came with CUDA 12.8;
+ * -DUCM_STUB_HEADER compiles it against a real cuda.h, which checks the signatures. */
+#include "cuda.h"
 
 #include <pthread.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-
-#include "../../src/device/cuda/copy_args.h"
-#include "../../src/device/cuda/hash_args.h"
-#include "xxh3.h"
-
-#ifdef UCM_STUB_HEADER
-#include <cuda.h>
-#else
-typedef int CUresult, CUdevice, CUdevice_attribute, CUpointer_attribute, CUstreamCaptureMode, CUstreamCaptureStatus;
-typedef unsigned long long CUdeviceptr;
-typedef struct CUctx_st *CUcontext;
-typedef struct CUstream_st *CUstream;
-typedef struct CUevent_st *CUevent;
-typedef struct CUmod_st *CUmodule;
-typedef struct CUfunc_st *CUfunction;
-typedef void (*CUhostFn)(void *);
-typedef int CUdriverProcAddressQueryResult;
-typedef uint64_t cuuint64_t;
-typedef struct {
-    size_t srcXInBytes, srcY;
-    int srcMemoryType;
-    const void *srcHost;
-    CUdeviceptr srcDevice;
-    void *srcArray;
-    size_t srcPitch;
-    size_t dstXInBytes, dstY;
-    int dstMemoryType;
-    void *dstHost;
-    CUdeviceptr dstDevice;
-    void *dstArray;
-    size_t dstPitch;
-    size_t WidthInBytes, Height;
-} CUDA_MEMCPY2D;
-typedef struct {
-    int type, id;
-} CUmemLocation;
-typedef struct {
-    int srcAccessOrder;
-    CUmemLocation srcLocHint, dstLocHint;
-    unsigned int flags;
-} CUmemcpyAttributes;
-#define CUDAAPI
-#define cuDevicePrimaryCtxRelease cuDevicePrimaryCtxRelease_v2
-#define cuCtxPushCurrent cuCtxPushCurrent_v2
-#define cuCtxPopCurrent cuCtxPopCurrent_v2
-#define cuStreamDestroy cuStreamDestroy_v2
-#define cuEventDestroy cuEventDestroy_v2
-#define cuMemHostRegister cuMemHostRegister_v2
-#define cuMemHostGetDevicePointer cuMemHostGetDevicePointer_v2
-#define cuMemAlloc cuMemAlloc_v2
-#define cuMemFree cuMemFree_v2
-#define cuMemGetAddressRange cuMemGetAddressRange_v2
-#define cuMemcpy2DAsync cuMemcpy2DAsync_v2
-#define cuMemcpyHtoD cuMemcpyHtoD_v2
-#define cuMemcpyDtoH cuMemcpyDtoH_v2
-#define cuGetProcAddress cuGetProcAddress_v2
-#endif
-
-#define API STUB_EXPORT CUresult CUDAAPI
-#define OK 0
-#define INVALID_VALUE 1
-#define OUT_OF_MEMORY 2
-#define INVALID_CONTEXT 201
-#define INVALID_HANDLE 400
-#define NOT_FOUND 500
-#define NOT_READY 600
-#define CONTEXT_IS_DESTROYED 709
-#define ALREADY_REGISTERED 712
-#define NOT_REGISTERED 713
-#define RELAXED 2
-#define DEVICES 2
-#define VERSION 12080
-#define PITCH_MAX 0x7fffffff
 
 struct context {
     int retained;
@@ -129,43 +55,35 @@ STUB_EXPORT int ucm_stub_retained(void) {
 
 /* ---- entering ---- */
 
-#define ENTER(call)                                                                                                    \
-    do {                                                                                                               \
-        int status_ = stub_enter(call);                                                                                \
-        if (status_) {                                                                                                 \
-            return (CUresult)status_;                                                                                  \
-        }                                                                                                              \
-        if (!initialised) {                                                                                            \
-            stub_misuse(call, "called before cuInit");                                                                 \
-        }                                                                                                              \
-    } while (0)
+int cuda_enter(const char *call) {
+    int status = stub_enter(call);
+    if (!status && !initialised) {
+        stub_misuse(call, "called before cuInit");
+    }
+    return status;
+}
 
-/* Calls that need a current context, and that end a capture unless the thread is relaxed. */
-#define ENTER_CONTEXT(call)                                                                                            \
-    do {                                                                                                               \
-        ENTER(call);                                                                                                   \
-        if (!depth) {                                                                                                  \
-            stub_misuse(call, "called without a current context");                                                     \
-        }                                                                                                              \
-        if (stack[depth - 1]->destroyed) {                                                                             \
-            return (CUresult)CONTEXT_IS_DESTROYED;                                                                     \
-        }                                                                                                              \
-        if (!stack[depth - 1]->retained) {                                                                             \
-            stub_misuse(call, "the primary context was released");                                                     \
-        }                                                                                                              \
-        if (capturing && capture_mode != RELAXED) {                                                                    \
-            stub_misuse(call, "breaks a capture: the thread is not relaxed");                                          \
-        }                                                                                                              \
-    } while (0)
+int cuda_enter_context(const char *call) {
+    int status = cuda_enter(call);
+    if (status) {
+        return status;
+    }
+    if (!depth) {
+        stub_misuse(call, "called without a current context");
+    }
+    if (stack[depth - 1]->destroyed) {
+        return CONTEXT_IS_DESTROYED;
+    }
+    if (!stack[depth - 1]->retained) {
+        stub_misuse(call, "the primary context was released");
+    }
+    if (capturing && capture_mode != RELAXED) {
+        stub_misuse(call, "breaks a capture: the thread is not relaxed");
+    }
+    return OK;
+}
 
-#define NOT_NULL(call, pointer)                                                                                        \
-    do {                                                                                                               \
-        if (!(pointer)) {                                                                                              \
-            stub_misuse(call, #pointer " is null");                                                                    \
-        }                                                                                                              \
-    } while (0)
-
-static struct stub_stream *stream_of(const char *call, CUstream stream) {
+struct stub_stream *cuda_stream_of(const char *call, CUstream stream) {
     if ((uintptr_t)stream <= 2) {
         pthread_mutex_lock(&context_lock);
         if (!default_stream) {
@@ -346,12 +264,12 @@ API cuStreamDestroy(CUstream stream) {
 
 API cuStreamQuery(CUstream stream) {
     ENTER_CONTEXT("cuStreamQuery");
-    return (CUresult)(stub_stream_idle(stream_of("cuStreamQuery", stream)) ? OK : NOT_READY);
+    return (CUresult)(stub_stream_idle(cuda_stream_of("cuStreamQuery", stream)) ? OK : NOT_READY);
 }
 
 API cuStreamSynchronize(CUstream stream) {
     ENTER_CONTEXT("cuStreamSynchronize");
-    stub_stream_wait_idle(stream_of("cuStreamSynchronize", stream));
+    stub_stream_wait_idle(cuda_stream_of("cuStreamSynchronize", stream));
     return (CUresult)stub_dead();
 }
 
@@ -363,7 +281,7 @@ API cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
     if (flags) {
         stub_misuse("cuStreamWaitEvent", "flags %u", flags);
     }
-    stub_wait(stream_of("cuStreamWaitEvent", stream), (struct stub_event *)event);
+    stub_wait(cuda_stream_of("cuStreamWaitEvent", stream), (struct stub_event *)event);
     return OK;
 }
 
@@ -394,7 +312,7 @@ API cuEventRecord(CUevent event, CUstream stream) {
     if (!stub_event_known((struct stub_event *)event)) {
         stub_misuse("cuEventRecord", "%p is not a live event", (void *)event);
     }
-    stub_record((struct stub_event *)event, stream_of("cuEventRecord", stream));
+    stub_record((struct stub_event *)event, cuda_stream_of("cuEventRecord", stream));
     return OK;
 }
 
@@ -417,7 +335,7 @@ API cuEventSynchronize(CUevent event) {
 
 API cuLaunchHostFunc(CUstream stream, CUhostFn function, void *data) {
     ENTER_CONTEXT("cuLaunchHostFunc");
-    stub_host_function(stream_of("cuLaunchHostFunc", stream), function, data);
+    stub_host_function(cuda_stream_of("cuLaunchHostFunc", stream), function, data);
     return OK;
 }
 
@@ -493,7 +411,7 @@ API cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr
 
 /* Memory that is not pinned is copied before the call returns, as the driver does it. */
 static CUresult transfer(const char *call, CUstream stream, const struct stub_copy *copy) {
-    struct stub_stream *on = stream_of(call, stream);
+    struct stub_stream *on = cuda_stream_of(call, stream);
     bool known = stub_find(copy->to, NULL, NULL) && stub_find(copy->from, NULL, NULL);
     stub_copy(call, on, copy);
     if (!known) {
@@ -537,7 +455,7 @@ API cuMemcpyBatchAsync(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t
         if (!stub_find(copy.to, NULL, NULL) || !stub_find(copy.from, NULL, NULL)) {
             stub_misuse("cuMemcpyBatchAsync", "copy %zu is of memory that is not pinned", i);
         }
-        stub_copy("cuMemcpyBatchAsync", stream_of("cuMemcpyBatchAsync", stream), &copy);
+        stub_copy("cuMemcpyBatchAsync", cuda_stream_of("cuMemcpyBatchAsync", stream), &copy);
     }
     return OK;
 }
@@ -551,185 +469,6 @@ API cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t bytes) {
 
 API cuMemcpyDtoH(void *to, CUdeviceptr from, size_t bytes) {
     ucm_stub_peek(to, (void *)(uintptr_t)from, bytes);
-    return OK;
-}
-
-/* ---- kernels ---- */
-
-static int loaded_module, runs_function, rows_function, loaded_hash, hash_function;
-/* The model's own kernels (tests/gpu/model.cu), of which the one that faults is never launched here. */
-static int model_module, fill_function, fault_function;
-
-API cuModuleLoadData(CUmodule *module, const void *image) {
-    ENTER_CONTEXT("cuModuleLoadData");
-    const char *text = image;
-    if (strstr(text, ".entry slow_fill(")) {
-        *module = (CUmodule)&model_module;
-        return OK;
-    }
-    if (strstr(text, ".version") && strstr(text, ".entry ucm_hash(")) {
-        *module = (CUmodule)&loaded_hash;
-        return OK;
-    }
-    if (!strstr(text, ".version") || !strstr(text, ".entry ucm_copy_runs(") || !strstr(text, ".entry ucm_copy_rows(")) {
-        stub_misuse("cuModuleLoadData", "not the PTX of the copy kernels");
-    }
-    *module = (CUmodule)&loaded_module;
-    return OK;
-}
-
-API cuModuleUnload(CUmodule module) {
-    ENTER_CONTEXT("cuModuleUnload");
-    if ((void *)module != &loaded_module && (void *)module != &loaded_hash) {
-        stub_misuse("cuModuleUnload", "not a loaded module");
-    }
-    return OK;
-}
-
-API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-    ENTER_CONTEXT("cuModuleGetFunction");
-    if ((void *)module == &model_module && !strcmp(name, "slow_fill")) {
-        *function = (CUfunction)&fill_function;
-        return OK;
-    }
-    if ((void *)module == &model_module && !strcmp(name, "fault")) {
-        *function = (CUfunction)&fault_function;
-        return OK;
-    }
-    if ((void *)module == &loaded_hash && !strcmp(name, "ucm_hash")) {
-        *function = (CUfunction)&hash_function;
-        return OK;
-    }
-    if ((void *)module != &loaded_module) {
-        stub_misuse("cuModuleGetFunction", "not a loaded module");
-    }
-    if (!strcmp(name, "ucm_copy_runs")) {
-        *function = (CUfunction)&runs_function;
-    } else if (!strcmp(name, "ucm_copy_rows")) {
-        *function = (CUfunction)&rows_function;
-    } else {
-        return (CUresult)NOT_FOUND;
-    }
-    return OK;
-}
-
-static void check_head(const struct ucm_head *head, unsigned most) {
-    unsigned width = head->width;
-    if (!head->pieces || head->pieces > most || !head->tiles || head->scatter > 1 || width > 16 || !width ||
-        (width & (width - 1))) {
-        stub_misuse("cuLaunchKernel", "head");
-    }
-}
-
-/* What one kernel thread does for each element, in the order of the linear side. */
-static void move(const struct ucm_head *head, uint64_t memory, uint64_t linear, size_t bytes) {
-    if (memory % head->width || linear % head->width || bytes % head->width) {
-        stub_misuse("kernel", "misaligned address for accesses of %u bytes", head->width);
-    }
-    char *outside = (char *)(uintptr_t)memory, *inside = (char *)(uintptr_t)linear;
-    if (head->scatter) {
-        stub_kernel_move(outside, inside, bytes);
-    } else {
-        stub_kernel_move(inside, outside, bytes);
-    }
-}
-
-static unsigned tiles_of(unsigned bytes) {
-    return (bytes + UCM_TILE_BYTES - 1) / UCM_TILE_BYTES;
-}
-
-static void run_runs(const void *data) {
-    const struct ucm_runs_args *args = data;
-    check_head(&args->head, UCM_RUNS_MAX);
-    unsigned tiles = 0;
-    for (unsigned i = 0; i < args->head.pieces; i++) {
-        const struct ucm_run *run = &args->pieces[i];
-        if (run->first_tile != tiles) {
-            stub_misuse("kernel", "piece %u begins at tile %u, not %u", i, run->first_tile, tiles);
-        }
-        tiles += tiles_of(run->bytes);
-        move(&args->head, run->memory, run->linear, run->bytes);
-    }
-    if (tiles != args->head.tiles) {
-        stub_misuse("kernel", "%u tiles, not %u", args->head.tiles, tiles);
-    }
-}
-
-static void run_rows(const void *data) {
-    const struct ucm_rows_args *args = data;
-    check_head(&args->head, UCM_ROWS_MAX);
-    unsigned tiles = 0;
-    for (unsigned i = 0; i < args->head.pieces; i++) {
-        const struct ucm_rows *rows = &args->pieces[i];
-        if (rows->first_tile != tiles || !rows->run || rows->bytes % rows->run || !rows->count1 || !rows->count2) {
-            stub_misuse("kernel", "piece %u", i);
-        }
-        tiles += tiles_of(rows->bytes);
-        for (unsigned r = 0; r < rows->bytes / rows->run; r++) {
-            unsigned k = r % rows->count2, outer = r / rows->count2;
-            uint64_t offset = outer / rows->count1 * rows->stride[0] + outer % rows->count1 * rows->stride[1] +
-                              k * rows->stride[2];
-            move(&args->head, rows->memory + offset, rows->linear + (uint64_t)r * rows->run, rows->run);
-        }
-    }
-    if (tiles != args->head.tiles) {
-        stub_misuse("kernel", "%u tiles, not %u", args->head.tiles, tiles);
-    }
-}
-
-/* Waits, then fills words: cycles of a GHz clock. */
-static void run_fill(struct stub_stream *stream, void **params) {
-    char *to = *(char **)params[0];
-    unsigned words = *(unsigned *)params[1], seed = *(unsigned *)params[2];
-    unsigned long long cycles = *(unsigned long long *)params[3];
-    unsigned *pattern = malloc(words * sizeof *pattern);
-    for (unsigned i = 0; i < words; i++) {
-        pattern[i] = i * 2654435761u + seed;
-    }
-    ucm_stub_model_write(stream, to, pattern, words * sizeof *pattern, (unsigned)(cycles / 1000));
-    free(pattern);
-}
-
-static void run_hash(const void *data) {
-    const struct ucm_hash_args *args = data;
-    uint64_t *sums = stub_kernel_reach((void *)(uintptr_t)args->sums, args->runs * sizeof *sums);
-    for (unsigned i = 0; i < args->runs; i++) {
-        const struct ucm_hash_run *run = &args->run[i];
-        if (run->address % 8 || run->bytes < UCM_HASH_BYTES_MIN) {
-            stub_misuse("kernel", "a hash of %llu bytes at %#llx", run->bytes, run->address);
-        }
-        sums[i] = stub_xxh3(stub_kernel_reach((void *)(uintptr_t)run->address, run->bytes), run->bytes, run->seed);
-    }
-}
-
-static void launch_hash(unsigned blocks, unsigned threads, struct stub_stream *stream, const struct ucm_hash_args *args) {
-    if (!args->runs || args->runs > UCM_HASH_RUNS_MAX || blocks != args->runs || threads != UCM_HASH_THREADS) {
-        stub_misuse("cuLaunchKernel", "%u runs on %u blocks of %u threads", args->runs, blocks, threads);
-    }
-    stub_kernel("cuLaunchKernel", stream, run_hash, args, sizeof *args);
-}
-
-API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
-                   unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared,
-                   CUstream stream, void **params, void **extra) {
-    ENTER_CONTEXT("cuLaunchKernel");
-    bool hashes = (void *)function == &hash_function;
-    if (!grid_x || grid_y != 1 || grid_z != 1 || (block_x != 256 && !hashes) || block_y != 1 || block_z != 1 || shared ||
-        extra) {
-        stub_misuse("cuLaunchKernel", "grid or block");
-    }
-    struct stub_stream *on = stream_of("cuLaunchKernel", stream);
-    if ((void *)function == &fill_function) {
-        run_fill(on, params);
-    } else if (hashes) {
-        launch_hash(grid_x, block_x, on, params[0]);
-    } else if ((void *)function == &runs_function) {
-        stub_kernel("cuLaunchKernel", on, run_runs, params[0], sizeof(struct ucm_runs_args));
-    } else if ((void *)function == &rows_function) {
-        stub_kernel("cuLaunchKernel", on, run_rows, params[0], sizeof(struct ucm_rows_args));
-    } else {
-        stub_misuse("cuLaunchKernel", "not a function of the module");
-    }
     return OK;
 }
 

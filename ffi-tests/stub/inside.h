@@ -1,0 +1,44 @@
+/* What the files of the pretended machine know of each other. */
+#ifndef UCM_STUB_INSIDE_H
+#define UCM_STUB_INSIDE_H
+
+#include "machine.h"
+
+#include <pthread.h>
+
+/* One lock for everything: the machine is for finding wrong order, not for speed. */
+extern pthread_mutex_t stub_lock;
+extern pthread_cond_t stub_changed;
+/* This thread is inside a host function. */
+extern __thread bool stub_in_host;
+/* Nonzero: everything is dead, and returns this. */
+extern int stub_dead_status;
+extern unsigned stub_delay_micros;
+extern bool stub_held;
+
+void stub_pause(unsigned micros);
+
+/* ---- memory; all with the lock held ---- */
+
+struct range {
+    char *base;
+    size_t bytes;
+    enum stub_memory kind;
+    char *alias; /* where the machine reaches device memory */
+    int pending; /* transfers enqueued that touch it */
+    bool foreign;
+};
+
+/* The range that holds the address, or NULL. */
+struct range *stub_range_of(const void *address);
+/* The same for a transfer that is enqueued: it must end in the range, which must not go before. */
+struct range *stub_hold_range(const char *call, const char *address, size_t bytes);
+/* Ends the process where a kernel of the model still writes there. */
+void stub_check_fills(const char *call, const char *base, size_t bytes);
+void stub_begin_fill(const char *base, size_t bytes);
+void stub_end_fill(const char *base, size_t bytes);
+void stub_forget_fills(void);
+/* Without the lock. */
+long stub_live_ranges(enum stub_memory kind);
+
+#endif
