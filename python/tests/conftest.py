@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 def bench(tmp_path_factory: Any) -> Bench:
     from bench import Bench
 
-    return Bench(tmp_path_factory.mktemp("vllm"))
+    base = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist each process has a folder of its own below the common one.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Bench(tmp_path_factory.mktemp("vllm"), shared)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +32,7 @@ def plain(bench: Bench) -> list[dict[str, Any]]:
         {"prompts": TURN, "chat": 4, "reset": True},
         {"prompts": PROMPTS[4:7], "prompt_logprobs": 2, "logprobs": 2, "tokens": 4, "reset": True},
     ]
-    return bench.run(phases)
+    return bench.once("plain", phases)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# run.sh [unit|vllm|ci|all] [VERSION ...]: the Python tests; installs what they need below target/python-test.
+# run.sh [unit|vllm|ci|all|gpu] [VERSION ...]: the Python tests; installs what they need below target/python-test.
 #   unit   style, types, the binding against libucm.so, the wheel in an empty environment
 #   vllm   the connector under vLLM's schedulers, and real vLLM on the CPU (default version: 0.26.0)
 #   ci     vllm, of 0.26 everything; of 0.17 the schedulers, and blocks that it saved loaded by both others; of
 #          0.32 the schedulers and a hybrid model
+#   gpu    the connector under the vLLM of this python3 on its GPU: runners, backends, graphs, faults, servers;
+#          installs nothing: pip install vllm pytest pytest-xdist first. UCM_LIBRARY=FILE takes a built libucm.so,
+#          UCM_TEST_JOBS=N runs N tests at a time
 # UCM_TEST_VENV=DIR takes a virtual environment with vLLM that is already there; for ci, UCM_TEST_VENVS=DIR has
 # one for each version, called vllm-VERSION.
 set -euo pipefail
@@ -14,6 +17,25 @@ work=$root/target/python-test
 mkdir -p "$work"
 cd "$root"
 say() { printf '== %s\n' "$*"; }
+
+# Several processes share the GPU: each takes a gigabyte for KV memory.
+gpu() {
+  if [ -z "${UCM_LIBRARY:-}" ]; then
+    cargo build -q --release --lib
+    export UCM_LIBRARY=${CARGO_TARGET_DIR:-$root/target}/release/libucm.so
+  fi
+  export UCM_TEST_DEVICE=cuda PYTHONPATH=$root/python${PYTHONPATH:+:$PYTHONPATH}
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  python3 -c 'import torch, vllm; print("vLLM", vllm.__version__, "torch", torch.__version__)'
+  python3 -m pytest -p no:cacheprovider --durations=10 -rA -n "${UCM_TEST_JOBS:-4}" --dist worksteal "$@" \
+    python/tests/test_vllm_gpu.py python/tests/test_vllm.py python/tests/test_serve.py
+}
+
+if [ "$kind" = gpu ]; then
+  gpu "$@"
+  say "passed"
+  exit
+fi
 
 if ! command -v uv >/dev/null; then
   [ -x "$work/uv/bin/uv" ] || { python3 -m venv "$work/uv" && "$work/uv/bin/pip" install -q uv; }
@@ -98,6 +120,6 @@ case $kind in
   vllm) vllm "$@" ;;
   ci) ci ;;
   all) unit; vllm "$@" ;;
-  *) sed -n '2,8p' "$0"; exit 2 ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac
 say "passed"

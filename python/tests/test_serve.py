@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from bench import BLOCK, ENVIRONMENT, HERE, PROMPTS, Bench, loadable, prompt
+from bench import BLOCK, ENVIRONMENT, HERE, ON_GPU, PROMPTS, SERVER_FLAGS, Bench, loadable, prompt, same
 from servers import Server
 from vllm_process import damage
 
@@ -33,8 +33,13 @@ KILL_AFTER = 60
 def server(bench: Bench, name: str, yaml_file: Path, *more: str, **environment: str) -> Server:
     return Server(
         bench.model, bench.root / f"{name}.log", ENVIRONMENT | environment, yaml_file,
-        "--no-enable-prefix-caching", *more,
+        "--no-enable-prefix-caching", *SERVER_FLAGS, *more,
     )  # fmt: skip
+
+
+def only(reference: dict[str, Any], number: int) -> dict[str, Any]:
+    """One request of a reference."""
+    return {key: [reference[key][number]] for key in ("outputs", "gaps") if key in reference}
 
 
 def logprobs(one: Server, text: str) -> Any:
@@ -54,7 +59,7 @@ def test_command_of_the_documentation(bench: Bench, plain: list[dict[str, Any]])
     seen = []
     for turn in range(2):
         with server(bench, f"serve-{turn}", yaml_file).wait() as one:
-            assert one.many(PROMPTS, 24) == plain[0]["outputs"]
+            assert same(one.many(PROMPTS, 24), plain[0])
             # Twice: the second one finds in the store what the first has put there.
             seen += [logprobs(one, ECHOED), logprobs(one, ECHOED)]
             if turn == 0:
@@ -67,7 +72,8 @@ def test_command_of_the_documentation(bench: Bench, plain: list[dict[str, Any]])
             one.stop()
             assert "hit external" in one.text()
             assert "kv_load_failure_policy is set to recompute" in one.text()
-    assert all(one == seen[0] for one in seen)
+    if not ON_GPU:  # where rounding may change what is said after the echo
+        assert all(one == seen[0] for one in seen)
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +96,16 @@ def test_storage_fails_under_a_running_server(
         "LD_PRELOAD": str(fault_library), "UCM_FAULT_DIRECTORY": str(directory),
         "UCM_FAULT_SWITCH": str(switch),
     }  # fmt: skip
-    want = plain[0]["outputs"]
+    want = plain[0]
     with server(bench, "faults", yaml_file, **faults).wait() as one:
 
         def loaded_again() -> None:
             """Saves what is missing, then loads everything."""
             switch.write_text("none")
-            assert one.many(PROMPTS, 24) == want
+            assert same(one.many(PROMPTS, 24), want)
             before = one.settle(LOADED, 0)
             for _ in range(20):
-                assert one.many(PROMPTS, 24) == want
+                assert same(one.many(PROMPTS, 24), want)
                 if one.settle(LOADED, before + 1) >= before + loadable(PROMPTS):
                     return
                 before = one.metrics()[LOADED]
@@ -107,7 +113,7 @@ def test_storage_fails_under_a_running_server(
 
         def failed(step: str) -> None:
             before = one.metrics()[FAILED]
-            assert one.many(PROMPTS, 24) == want, step
+            assert same(one.many(PROMPTS, 24), want), step
             assert one.settle(FAILED, before + 1) > before, step
 
         loaded_again()
@@ -118,10 +124,11 @@ def test_storage_fails_under_a_running_server(
 
         switch.write_text("disk-full")
         fresh = [prompt(300, 70 + i) for i in range(4)]
-        answers = one.many(fresh)
+        answers = bench.once("fresh", [{"prompts": fresh, "tokens": 8}])[0]
+        assert same(one.many(fresh), answers)
         assert one.settle("ucm_save_failed_blocks_total", 1) > 0
         switch.write_text("none")
-        assert one.many(fresh) == answers
+        assert same(one.many(fresh), answers)
         loaded_again()
 
         damage(directory)
@@ -131,8 +138,8 @@ def test_storage_fails_under_a_running_server(
         # Last: what a server saves after its directory was moved goes where nobody looks.
         directory.rename(directory.with_name("kv-away"))
         for _ in range(3):
-            assert one.many(PROMPTS, 24) == want
-            assert one.many(fresh) == answers
+            assert same(one.many(PROMPTS, 24), want)
+            assert same(one.many(fresh), answers)
         one.stop()
 
 
@@ -143,7 +150,7 @@ def test_other_server_is_killed(bench: Bench) -> None:
     prompts = [
         rng.choice(shared)[: rng.randrange(1, 400)] + prompt(rng.randrange(1, 90), i) for i in range(CLIENTS)
     ]
-    want = bench.run([{"prompts": prompts, "tokens": 8}])[0]["outputs"]
+    want = bench.run([{"prompts": prompts, "tokens": 8}])[0]
     yaml_file = bench.file("kv-two")
     with server(bench, "stays", yaml_file) as stays, server(bench, "dies", yaml_file) as dies:
         for one in (stays, dies):
@@ -158,8 +165,8 @@ def test_other_server_is_killed(bench: Bench) -> None:
                 if number % 2 and done.exception() is not None:
                     lost += 1
                 else:
-                    assert done.result() == want[number], number
+                    assert same([done.result()], only(want, number)), number
         assert lost, "the server was killed after its last answer: the test shows nothing"
-        assert stays.many(prompts) == want
+        assert same(stays.many(prompts), want)
         assert stays.settle(LOADED, 1) > 0
         stays.stop()
