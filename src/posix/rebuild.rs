@@ -32,6 +32,16 @@ pub enum Depth {
     Payload,
 }
 
+/// What becomes of an extent that was saved with `checksum: off`. Payload and trailer are written side by side,
+/// so a writer that dies may leave the trailer alone: without its record nothing tells that the payload is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unproven {
+    /// It is counted and not listed.
+    LeftOut,
+    /// It is listed like any other.
+    Trusted,
+}
+
 /// What a rebuild did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rebuilt {
@@ -43,6 +53,8 @@ pub struct Rebuilt {
     pub parts: u64,
     /// Extents that cannot be read, or with a payload that does not match its checksum.
     pub damaged: u64,
+    /// Extents without a checksum that were left out.
+    pub unproven: u64,
     /// Segments that could not be read, or are of another namespace.
     pub unreadable: u64,
 }
@@ -51,6 +63,7 @@ struct Rebuild<'a> {
     backend: &'a Arc<Backend>,
     folder: PathBuf,
     depth: Depth,
+    unproven: Unproven,
     done: Rebuilt,
 }
 
@@ -62,9 +75,14 @@ struct Holdings {
 
 /// Writes the missing manifests of the namespace's folder `folder` (`ucm1-...`) of a backend. Blocks for as
 /// long as reading every trailer takes.
-pub fn rebuild(backend: &Arc<Backend>, folder: &str, depth: Depth) -> Result<Rebuilt> {
+pub fn rebuild(
+    backend: &Arc<Backend>,
+    folder: &str,
+    depth: Depth,
+    unproven: Unproven,
+) -> Result<Rebuilt> {
     let folder = backend.directory().join(folder);
-    let mut rebuild = Rebuild { backend, folder, depth, done: Rebuilt::default() };
+    let mut rebuild = Rebuild { backend, folder, depth, unproven, done: Rebuilt::default() };
     rebuild.run()?;
     Ok(rebuild.done)
 }
@@ -151,6 +169,13 @@ impl Rebuild<'_> {
                 }
             }
             let Some(trailer) = fitting_trailer(page.bytes(), &header, first) else { continue };
+            if trailer.checksum == NO_CHECKSUM {
+                match self.unproven {
+                    Unproven::Trusted => records.push(publish(&trailer)),
+                    Unproven::LeftOut => self.done.unproven += 1,
+                }
+                continue;
+            }
             let deep = self.depth == Depth::Payload;
             if deep && !self.payload_is_whole(&file, &trailer).unwrap_or(false) {
                 self.done.damaged += 1;
@@ -162,9 +187,6 @@ impl Rebuild<'_> {
     }
 
     fn payload_is_whole(&self, file: &File, trailer: &Trailer) -> Result<bool> {
-        if trailer.checksum == NO_CHECKSUM {
-            return Ok(true);
-        }
         let count = extent_pages(trailer.part_bytes) as usize - 1;
         let mut pages = Pages::new(count);
         let offset = u64::from(trailer.page) * PAGE as u64;

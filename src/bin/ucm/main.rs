@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use ucm::posix::rebuild::Depth;
+use ucm::posix::rebuild::{Depth, Unproven};
 
 /// Exit status of a command that ran and found something wrong.
 const EXIT_FOUND: u8 = 2;
@@ -70,6 +70,12 @@ fn command() -> Command {
                         .long("payload")
                         .action(ArgAction::SetTrue)
                         .help("Also read every part and leave out what does not match its checksum"),
+                )
+                .arg(
+                    Arg::new("unproven")
+                        .long("unproven")
+                        .action(ArgAction::SetTrue)
+                        .help("Also list parts saved with checksum: off; one whose write a crash cut short would be served"),
                 ),
         )
         .subcommand(Command::new("version").about("Prints the version"))
@@ -106,7 +112,9 @@ fn run(matches: &ArgMatches) -> Result<ExitCode, String> {
                 rebuild::Mode::Write
             };
             let depth = if inner.get_flag("payload") { Depth::Payload } else { Depth::Trailers };
-            rebuild::run(&directory(inner)?, mode, depth).map(found)
+            let unproven =
+                if inner.get_flag("unproven") { Unproven::Trusted } else { Unproven::LeftOut };
+            rebuild::run(&directory(inner)?, mode, depth, unproven).map(found)
         }
         _ => {
             println!("ucm {}", env!("CARGO_PKG_VERSION"));

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ucm::io::backend::{Backend, BackendConfig};
 use ucm::posix::host::{Life, life_of, random_id, this_process};
 use ucm::posix::names::dead_name;
-use ucm::posix::rebuild::{Depth, rebuild};
+use ucm::posix::rebuild::{Depth, Unproven, rebuild};
 
 use crate::namespace::{self, Manifest, Namespace};
 
@@ -27,7 +27,7 @@ pub enum Mode {
 }
 
 /// Rebuilds what is missing in all namespaces of a directory. True if something could not be.
-pub fn run(directory: &Path, mode: Mode, depth: Depth) -> Result<bool, String> {
+pub fn run(directory: &Path, mode: Mode, depth: Depth, unproven: Unproven) -> Result<bool, String> {
     let folders = namespace::find(directory)?;
     if folders.is_empty() {
         return Err(format!("{}: no namespace to rebuild", directory.display()));
@@ -59,19 +59,19 @@ pub fn run(directory: &Path, mode: Mode, depth: Depth) -> Result<bool, String> {
             continue;
         }
         broken.iter().try_for_each(|manifest| set_aside(manifest))?;
-        wrong |= one(&folder, depth)?;
+        wrong |= one(&folder, depth, unproven)?;
     }
     Ok(wrong)
 }
 
-fn one(folder: &Path, depth: Depth) -> Result<bool, String> {
+fn one(folder: &Path, depth: Depth, unproven: Unproven) -> Result<bool, String> {
     let (Some(parent), Some(name)) = (folder.parent(), folder.file_name()) else {
         return Err(format!("{}: not a namespace's folder", folder.display()));
     };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     let backend = Backend::open(parent, &BackendConfig::default(), Instant::now() + PATIENCE)
         .map_err(|error| error.to_string())?;
-    let done = rebuild(&backend, &name.to_string_lossy(), depth);
+    let done = rebuild(&backend, &name.to_string_lossy(), depth, unproven);
     backend.stop(Instant::now() + PATIENCE);
     let done = done.map_err(|error| error.to_string())?;
     println!(
@@ -83,7 +83,14 @@ fn one(folder: &Path, depth: Depth) -> Result<bool, String> {
         done.damaged,
         done.unreadable
     );
-    Ok(done.damaged > 0 || done.unreadable > 0)
+    if done.unproven > 0 {
+        println!(
+            "  {} parts were saved without a checksum and are left out, since nothing tells that they are whole; \
+             --unproven lists them too",
+            done.unproven
+        );
+    }
+    Ok(done.damaged + done.unproven + done.unreadable > 0)
 }
 
 /// Writers that have segments but no manifest that can be read.

@@ -183,7 +183,7 @@ fn reclaim_does_not_wait_for_a_hung_backend() {
 /// Goal: a trailer on a bad sector costs its own part in a rebuild, not the segment.
 #[test]
 fn a_rebuild_passes_over_bad_sectors() {
-    use crate::posix::rebuild::{Depth, rebuild};
+    use crate::posix::rebuild::{Depth, Unproven, rebuild};
     let disk = SimDisk::new(SimConfig::default());
     let tier = tier_over(&[&disk], config());
     let keys: Vec<_> = (0..20).map(|number| key(number, 0)).collect();
@@ -201,6 +201,7 @@ fn a_rebuild_passes_over_bad_sectors() {
         occasion: Occasion::Bytes("segments".into(), trailer..trailer + PAGE as u64),
         effect: Effect::Errno(libc::EIO),
     });
-    let rebuilt = rebuild(&backend, &namespace(1).folder(), Depth::Trailers).unwrap();
+    let rebuilt =
+        rebuild(&backend, &namespace(1).folder(), Depth::Trailers, Unproven::LeftOut).unwrap();
     assert_eq!((rebuilt.parts, rebuilt.damaged, rebuilt.unreadable), (19, 1, 0), "{rebuilt:?}");
 }

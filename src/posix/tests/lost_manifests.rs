@@ -4,7 +4,10 @@ use std::os::unix::fs::FileExt;
 
 use super::world::*;
 use crate::block::PAGE;
-use crate::posix::rebuild::{Depth, rebuild};
+use crate::config::Checksum;
+use crate::io::sim::{SimConfig, SimDisk};
+use crate::posix::TierConfig;
+use crate::posix::rebuild::{Depth, Unproven, rebuild};
 
 /// Goal: with all manifests removed, a rebuild brings back every part; damaged payload only where asked.
 #[test]
@@ -26,9 +29,13 @@ fn manifests_are_rebuilt_from_trailers() {
     drop(empty);
     let folder = namespace(1).folder();
     let backend = backend(dir.path());
-    let rebuilt = rebuild(&backend, &folder, Depth::Trailers).unwrap();
+    let rebuilt = rebuild(&backend, &folder, Depth::Trailers, Unproven::LeftOut).unwrap();
     assert_eq!((rebuilt.manifests, rebuilt.parts, rebuilt.unreadable), (2, 150, 0));
-    assert_eq!(rebuild(&backend, &folder, Depth::Trailers).unwrap().manifests, 0, "done already");
+    assert_eq!(
+        rebuild(&backend, &folder, Depth::Trailers, Unproven::LeftOut).unwrap().manifests,
+        0,
+        "done already"
+    );
     let tier = open(dir.path());
     for key in &keys {
         assert_eq!(load(&tier, key).unwrap(), expected(key));
@@ -42,7 +49,28 @@ fn manifests_are_rebuilt_from_trailers() {
         let offset = u64::from(damaged_at.unwrap()) * PAGE as u64;
         file.write_all_at(b"damage", offset + 10).unwrap();
     }
-    let rebuilt = rebuild(&backend, &folder, Depth::Payload).unwrap();
+    let rebuilt = rebuild(&backend, &folder, Depth::Payload, Unproven::LeftOut).unwrap();
     assert_eq!(rebuilt.damaged + rebuilt.parts, 150);
     assert!((1..=rebuilt.segments).contains(&rebuilt.damaged), "{rebuilt:?}");
+}
+
+/// Goal: parts that were saved without a checksum are listed again only on demand: their trailers do not tell that
+/// their payloads were written.
+#[test]
+fn parts_without_a_checksum_are_not_trusted() {
+    let disk = SimDisk::new(SimConfig::default());
+    let tier = tier_over(&[&disk], TierConfig { checksum: Checksum::Off, ..config() });
+    let keys: Vec<_> = (0..20).map(|number| key(number, 0)).collect();
+    save_many(&tier, &keys).into_iter().for_each(|saved| saved.unwrap());
+    tier.close(deadline());
+    let backend = sim_backend(&disk);
+    for path in disk.paths().into_iter().filter(|path| path.to_string_lossy().contains("manifests"))
+    {
+        backend.files().unlink(&path).unwrap();
+    }
+    let folder = namespace(1).folder();
+    let rebuilt = rebuild(&backend, &folder, Depth::Payload, Unproven::LeftOut).unwrap();
+    assert_eq!((rebuilt.parts, rebuilt.unproven, rebuilt.damaged), (0, 20, 0), "{rebuilt:?}");
+    let rebuilt = rebuild(&backend, &folder, Depth::Payload, Unproven::Trusted).unwrap();
+    assert_eq!((rebuilt.parts, rebuilt.unproven), (20, 0), "{rebuilt:?}");
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::world::*;
 use crate::posix::format::{Kind, ProcessIdentity, Record};
 use crate::posix::host::wall_ms;
-use crate::posix::rebuild::{Depth, rebuild};
+use crate::posix::rebuild::{Depth, Unproven, rebuild};
 use crate::posix::{Scope, Tail, Tier};
 
 fn sample() -> PathBuf {
@@ -98,7 +98,9 @@ fn the_sample_of_version_1_is_rebuilt() {
     for manifest in files_with(dir.path(), "/manifests/") {
         std::fs::remove_file(manifest).unwrap();
     }
-    let rebuilt = rebuild(&backend(dir.path()), &namespace(2).folder(), Depth::Payload).unwrap();
+    let rebuilt =
+        rebuild(&backend(dir.path()), &namespace(2).folder(), Depth::Payload, Unproven::LeftOut)
+            .unwrap();
     // The dropped part is whole; that it was bad only the manifest knew.
     assert_eq!((rebuilt.manifests, rebuilt.parts, rebuilt.damaged), (2, 7, 0));
     let tier = open_with(&[dir.path()], namespace(2), 0..0, config());
