@@ -221,7 +221,9 @@ fn exercise(gpu: &Gpu, directory: &Path) {
     store.close();
 }
 
+/// A folder of its own, also where the tests were built elsewhere.
 fn directory() -> tempfile::TempDir {
+    std::fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).unwrap();
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
