@@ -7,47 +7,72 @@
 //!
 //! How many bytes there will be is told at the start: XXH3 treats the last stripe apart.
 
+#[cfg(target_arch = "x86_64")]
+mod one_pass;
+#[cfg(target_arch = "x86_64")]
 mod stripes;
 
+use std::hash::Hasher as _;
 use std::ptr;
 
-use twox_hash::xxhash3_64::{Hasher, SecretBuffer};
+use twox_hash::xxhash3_64::Hasher;
 
-pub(crate) use stripes::Sink;
-use stripes::{Accumulator, STRIPE};
+#[cfg(target_arch = "x86_64")]
+use one_pass::OnePass;
 
-/// Up to that many bytes XXH3 is another function.
-const SHORT_MAX: usize = 240;
-/// Bytes of a secret.
-const SECRET: usize = 192;
-/// Where in the secret the last stripe and the final mix begin.
-const SECRET_LAST: usize = SECRET - STRIPE - 7;
-const SECRET_MERGE: usize = 11;
+/// Bytes that are hashed before they are copied, where that is not one pass: they are in the nearest cache then.
+const CHUNK: usize = 8 << 10;
 
-const PRIME64_1: u64 = 0x9E37_79B1_85EB_CA87;
-const AVALANCHE: u64 = 0x1656_6791_9E37_79F9;
+/// Where bytes go while they are hashed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Sink {
+    /// They are only hashed.
+    Nowhere,
+    /// Here.
+    Memory(*mut u8),
+    /// Here, past the caches, where the processor and the address allow it: the lines are not read first.
+    Uncached(*mut u8),
+}
+
+impl Sink {
+    fn memory(self) -> Option<*mut u8> {
+        match self {
+            Sink::Nowhere => None,
+            Sink::Memory(memory) | Sink::Uncached(memory) => Some(memory),
+        }
+    }
+
+    /// What begins so many bytes behind it.
+    pub(crate) fn advance(self, bytes: usize) -> Self {
+        match self {
+            Sink::Nowhere => Sink::Nowhere,
+            Sink::Memory(memory) => Sink::Memory(memory.wrapping_add(bytes)),
+            Sink::Uncached(memory) => Sink::Uncached(memory.wrapping_add(bytes)),
+        }
+    }
+}
 
 /// A hash under way.
-pub(crate) struct Xxh3 {
-    seed: u64,
-    /// Bytes that there will be, and that were fed.
-    length: usize,
-    fed: usize,
-    accumulator: Accumulator,
-    /// The stripe before the next, and the bytes of the next one that are there: the last stripe of all is the
-    /// last 64 bytes, which may lie in both. All bytes of a short input.
-    window: [u8; SHORT_MAX],
-    /// Bytes of the next stripe that are there; all 64 only of the last.
-    carried: usize,
+pub(crate) enum Xxh3 {
+    /// Ours.
+    #[cfg(target_arch = "x86_64")]
+    OnePass(OnePass),
+    /// The crate's, and the bytes that are to come.
+    Crate(Hasher, usize),
 }
 
 impl Xxh3 {
     /// Begins to hash `length` bytes.
     pub(crate) fn new(seed: u64, length: usize) -> Self {
-        let secret = SecretBuffer::with_seed(seed, [0; SECRET]).map(SecretBuffer::into_secret);
-        let secret = secret.unwrap_or_else(|_| unreachable!("a buffer of the length of a secret"));
-        let accumulator = Accumulator::new(secret);
-        Self { seed, length, fed: 0, accumulator, window: [0; SHORT_MAX], carried: 0 }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(hash) = OnePass::new(seed, length) {
+            return Self::OnePass(hash);
+        }
+        Self::of_crate(seed, length)
+    }
+
+    fn of_crate(seed: u64, length: usize) -> Self {
+        Self::Crate(Hasher::with_seed(seed), length)
     }
 
     /// Hashes the next `length` bytes and copies them to `sink`.
@@ -59,80 +84,34 @@ impl Xxh3 {
     /// # Panics
     /// Where more comes than was said at the start.
     pub(crate) unsafe fn feed(&mut self, source: *const u8, length: usize, sink: Sink) {
-        assert!(length <= self.length - self.fed, "more bytes than there were to be");
-        if self.length <= SHORT_MAX {
-            // SAFETY: the caller's promise; the window has room for all bytes of a short input.
-            return unsafe { self.keep(self.fed, source, length, sink) };
-        }
-        let mut at = 0;
-        if self.carried > 0 {
-            at = length.min(STRIPE - self.carried);
-            // SAFETY: at most `length` bytes of the source and the sink; the second stripe of the window has
-            // room for the rest of a stripe.
-            unsafe { self.keep(STRIPE + self.carried, source, at, sink) };
-            self.carried += at;
-            if self.carried < STRIPE || self.fed == self.length {
-                return;
-            }
-            self.accumulator.add_kept(&self.window[STRIPE..2 * STRIPE]);
-            self.window.copy_within(STRIPE..2 * STRIPE, 0);
-            self.carried = 0;
-        }
-        // The last stripe is left for the end, also where it is whole.
-        let count = (length - at).min(self.length - self.fed - 1) / STRIPE;
-        if count > 0 {
-            // SAFETY: `count` stripes lie inside the `length` bytes of source and sink, and the last of them
-            // ends `count * STRIPE` bytes behind `at`.
+        let (hasher, left) = match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller's promise is the same.
+            Self::OnePass(hash) => return unsafe { hash.feed(source, length, sink) },
+            Self::Crate(hasher, left) => (hasher, left),
+        };
+        assert!(length <= *left, "more bytes than there were to be");
+        *left -= length;
+        for at in (0..length).step_by(CHUNK) {
+            let count = CHUNK.min(length - at);
+            // SAFETY: `at + count` is at most `length`; the rest is the caller's promise.
             unsafe {
-                let from = source.add(at);
-                self.accumulator.add(from, count, sink.advance(at));
-                at += count * STRIPE;
-                ptr::copy_nonoverlapping(source.add(at - STRIPE), self.window.as_mut_ptr(), STRIPE);
-            }
-            self.fed += count * STRIPE;
-        }
-        if at < length {
-            self.carried = length - at;
-            debug_assert!(self.carried <= STRIPE);
-            // SAFETY: the rest of source and sink, at most a stripe.
-            unsafe { self.keep(STRIPE, source.add(at), length - at, sink.advance(at)) };
-        }
-    }
-
-    /// Keeps bytes in the window and copies them to the sink.
-    ///
-    /// # Safety
-    /// As for `feed`; `at + length` is inside the window.
-    unsafe fn keep(&mut self, at: usize, source: *const u8, length: usize, sink: Sink) {
-        let kept = &mut self.window[at..at + length];
-        // SAFETY: `kept` has `length` bytes of our own; source and sink are the caller's promise.
-        unsafe {
-            ptr::copy_nonoverlapping(source, kept.as_mut_ptr(), length);
-            if let Some(memory) = sink.memory() {
-                ptr::copy_nonoverlapping(kept.as_ptr(), memory, length);
+                hasher.write(std::slice::from_raw_parts(source.add(at), count));
+                if let Some(memory) = sink.memory() {
+                    ptr::copy_nonoverlapping(source.add(at), memory.add(at), count);
+                }
             }
         }
-        self.fed += length;
     }
 
     /// The hash; `None` where fewer bytes came than were to be.
-    pub(crate) fn finish(mut self) -> Option<u64> {
-        if self.fed < self.length {
-            return None;
+    pub(crate) fn finish(self) -> Option<u64> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::OnePass(hash) => hash.finish(),
+            Self::Crate(hasher, left) => (left == 0).then(|| hasher.finish()),
         }
-        if self.length <= SHORT_MAX {
-            return Some(Hasher::oneshot_with_seed(self.seed, &self.window[..self.length]));
-        }
-        let last = &self.window[self.carried..self.carried + STRIPE];
-        self.accumulator.add_last(last, SECRET_LAST);
-        let mixed = (self.length as u64).wrapping_mul(PRIME64_1);
-        Some(avalanche(self.accumulator.merge(SECRET_MERGE, mixed)))
     }
-}
-
-fn avalanche(hash: u64) -> u64 {
-    let hash = (hash ^ (hash >> 37)).wrapping_mul(AVALANCHE);
-    hash ^ (hash >> 32)
 }
 
 #[cfg(test)]
@@ -156,10 +135,20 @@ mod tests {
     /// Feeds `bytes` in pieces, each its own way, to targets that begin `shift` bytes off alignment; returns
     /// the hash and where the copies differ from the bytes.
     fn run(seed: u64, bytes: &[u8], cuts: &[(usize, Way)], shift: usize) -> (Option<u64>, usize) {
+        let ours = run_in(Xxh3::new(seed, bytes.len()), bytes, cuts, shift);
+        assert_eq!(run_in(Xxh3::of_crate(seed, bytes.len()), bytes, cuts, shift), ours);
+        ours
+    }
+
+    fn run_in(
+        mut hash: Xxh3,
+        bytes: &[u8],
+        cuts: &[(usize, Way)],
+        shift: usize,
+    ) -> (Option<u64>, usize) {
         let mut target = vec![0xEE_u8; bytes.len() + 128];
         let mut expected = target.clone();
         let shift = target.as_ptr().align_offset(64) + shift;
-        let mut hash = Xxh3::new(seed, bytes.len());
         let mut at = 0;
         let rest = (bytes.len(), Way::Copied);
         for &(length, way) in cuts.iter().chain([&rest]) {
@@ -217,10 +206,11 @@ mod tests {
     #[test]
     fn too_few_bytes_have_no_hash() {
         for length in [100, 1000] {
-            let mut hash = Xxh3::new(1, length);
-            // SAFETY: one byte less than the vector has.
-            unsafe { hash.feed(vec![7; length].as_ptr(), length - 1, Sink::Nowhere) };
-            assert_eq!(hash.finish(), None);
+            for mut hash in [Xxh3::new(1, length), Xxh3::of_crate(1, length)] {
+                // SAFETY: one byte less than the vector has.
+                unsafe { hash.feed(vec![7; length].as_ptr(), length - 1, Sink::Nowhere) };
+                assert_eq!(hash.finish(), None);
+            }
         }
     }
 }
