@@ -6,7 +6,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,16 +14,14 @@ use clap::{Arg, ArgMatches, Command};
 use serde::Serialize;
 
 use crate::cli;
-use crate::compare::{Ratio, spread};
+use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second};
 use crate::fio::{self, FioResult};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
-use crate::report::{Format, GB};
+use crate::report::GB;
 use crate::run::{self, Context, GroupResult};
 use crate::units::show_size;
 
-/// Version of the JSON.
-const JSON_VERSION: u32 = 1;
 /// Seconds of a measurement where `--runtime` gives none.
 const RUNTIME: Duration = Duration::from_secs(4);
 /// What the drive is taken to save at most, to know how many blocks a run may need.
@@ -71,12 +68,17 @@ struct Round {
     fio_write_gb_per_second: f64,
 }
 
+impl Round {
+    /// p99 of loads, engine to fio.
+    fn p99(&self) -> f64 {
+        self.engine_p99_us / self.fio_p99_us
+    }
+}
+
 #[derive(Serialize)]
-struct Comparison {
-    format: &'static str,
-    version: u32,
-    library: String,
-    fio: String,
+struct Beside {
+    #[serde(flatten)]
+    head: Head,
     block_bytes: u64,
     iodepth: u32,
     arrivals_gb_per_second: f64,
@@ -115,27 +117,22 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     if measured.is_empty() {
         return Err("interrupted before the first round ended; there is nothing to report".into());
     }
-    let ratio = |value: &dyn Fn(&Round) -> f64| spread(measured.iter().map(value).collect());
-    let comparison = Comparison {
-        format: "ucm-bench compare beside",
-        version: JSON_VERSION,
-        library: crate::abi::version(),
-        fio: version,
+    let beside = Beside {
+        head: Head::new("ucm-bench compare beside", Some(version)),
         block_bytes: job.shape()?.bytes(),
         iodepth: job.iodepth,
         arrivals_gb_per_second: arrivals,
         solo,
-        load_p99: ratio(&|round| round.engine_p99_us / round.fio_p99_us),
-        saves_of_solo: ratio(&|round| round.engine_save_gb_per_second / solo.engine_save),
-        fio_writes_of_solo: ratio(&|round| round.fio_write_gb_per_second / solo.fio_write),
+        load_p99: Ratio::of(&measured, Round::p99),
+        saves_of_solo: Ratio::of(&measured, |round| {
+            round.engine_save_gb_per_second / solo.engine_save
+        }),
+        fio_writes_of_solo: Ratio::of(&measured, |round| {
+            round.fio_write_gb_per_second / solo.fio_write
+        }),
         rounds: measured,
     };
-    let text = match format {
-        Format::Json => serde_json::to_string_pretty(&comparison).unwrap_or_default() + "\n",
-        Format::Csv => return Err("--output-format=csv: normal or json here".into()),
-        Format::Normal => table(&comparison),
-    };
-    crate::write(matches, &text)?;
+    comparison::write(matches, format, &beside)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -297,58 +294,68 @@ impl Field {
     }
 }
 
-fn gb_per_second(job: &run::JobResult) -> f64 {
-    job.tally.bytes as f64 / GB / job.elapsed.as_secs_f64().max(1e-9)
+type Line = (u64, Round);
+
+fn columns() -> [Column<Line>; 9] {
+    [
+        Column::new("round", |line: &Line| Cell::Count(line.0)).shown("round", 5, 0),
+        Column::new("engine_p99_us", |line: &Line| Cell::Number(line.1.engine_p99_us))
+            .shown("p99 us", 12, 0),
+        Column::new("fio_p99_us", |line: &Line| Cell::Number(line.1.fio_p99_us))
+            .shown("fio", 12, 0),
+        Column::seen("ratio", 8, 2, |line: &Line| Cell::Number(line.1.p99())),
+        Column::new("engine_unserved", |line: &Line| Cell::Count(line.1.engine_unserved))
+            .shown("unserved", 10, 0),
+        Column::new("engine_load_gb_per_second", |line: &Line| {
+            Cell::Number(line.1.engine_load_gb_per_second)
+        })
+        .shown("loads GB/s", 14, 3),
+        Column::new("fio_read_gb_per_second", |line: &Line| {
+            Cell::Number(line.1.fio_read_gb_per_second)
+        })
+        .shown("fio", 10, 3),
+        Column::new("engine_save_gb_per_second", |line: &Line| {
+            Cell::Number(line.1.engine_save_gb_per_second)
+        })
+        .shown("saves GB/s", 14, 3),
+        Column::new("fio_write_gb_per_second", |line: &Line| {
+            Cell::Number(line.1.fio_write_gb_per_second)
+        })
+        .shown("fio", 10, 3),
+    ]
 }
 
-fn table(comparison: &Comparison) -> String {
-    let mut out = String::new();
-    let solo = comparison.solo;
-    let _ = writeln!(
-        out,
-        "loads at {:.3} GB/s beside saves without limit, engine against {}: blocks of {}, {} in flight\n\
-         alone, GB/s: loads {:.3}, fio reads {:.3}; saves {:.3}, fio writes {:.3}\n",
-        comparison.arrivals_gb_per_second,
-        comparison.fio,
-        show_size(comparison.block_bytes),
-        comparison.iodepth,
-        solo.engine_load,
-        solo.fio_read,
-        solo.engine_save,
-        solo.fio_write,
-    );
-    let _ = writeln!(
-        out,
-        "  {:>5}{:>12}{:>12}{:>8}{:>10}{:>14}{:>10}{:>14}{:>10}",
-        "round", "p99 us", "fio", "ratio", "unserved", "loads GB/s", "fio", "saves GB/s", "fio"
-    );
-    for (number, round) in comparison.rounds.iter().enumerate() {
-        let _ = writeln!(
-            out,
-            "  {:>5}{:>12.0}{:>12.0}{:>8.2}{:>10}{:>14.3}{:>10.3}{:>14.3}{:>10.3}",
-            number + 1,
-            round.engine_p99_us,
-            round.fio_p99_us,
-            round.engine_p99_us / round.fio_p99_us,
-            round.engine_unserved,
-            round.engine_load_gb_per_second,
-            round.fio_read_gb_per_second,
-            round.engine_save_gb_per_second,
-            round.fio_write_gb_per_second,
-        );
+impl Beside {
+    fn lines(&self) -> Vec<Line> {
+        (1..).zip(self.rounds.iter().copied()).collect()
     }
-    for (name, ratio) in [
-        ("p99 of loads, engine / fio", &comparison.load_p99),
-        ("saves, of their solo rate", &comparison.saves_of_solo),
-        ("fio's writes, of their solo rate", &comparison.fio_writes_of_solo),
-    ] {
-        let _ = writeln!(
-            out,
-            "  {name:<46}median {:.3}   spread {:.3} to {:.3}",
-            ratio.median, ratio.least, ratio.most
+}
+
+impl Comparison for Beside {
+    fn table(&self) -> String {
+        let solo = self.solo;
+        let mut out = format!(
+            "loads at {:.3} GB/s beside saves without limit, engine against {}: blocks of {}, {} in flight\n\
+             alone, GB/s: loads {:.3}, fio reads {:.3}; saves {:.3}, fio writes {:.3}\n\n",
+            self.arrivals_gb_per_second,
+            self.head.fio(),
+            show_size(self.block_bytes),
+            self.iodepth,
+            solo.engine_load,
+            solo.fio_read,
+            solo.engine_save,
+            solo.fio_write,
         );
+        out += &comparison::table(&columns(), &self.lines());
+        out += &self.load_p99.line("p99 of loads, engine / fio");
+        out += &self.saves_of_solo.line("saves, of their solo rate");
+        out += &self.fio_writes_of_solo.line("fio's writes, of their solo rate");
+        out
     }
-    out
+
+    fn csv(&self) -> String {
+        comparison::csv(&columns(), &self.lines())
+    }
 }
 
 #[cfg(test)]

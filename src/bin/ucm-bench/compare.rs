@@ -3,7 +3,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -11,15 +10,14 @@ use clap::{Arg, ArgMatches, Command};
 use serde::Serialize;
 
 use crate::cli;
+use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second, succeeded};
 use crate::fio::{self, FioJob, FioResult};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
-use crate::report::{Format, GB};
+use crate::report::GB;
 use crate::run::{self, Context, GroupResult, Layout};
 use crate::units::show_size;
 
-/// Version of the JSON of a comparison.
-const JSON_VERSION: u32 = 1;
 /// Writes between two fdatasync calls of fio, against `durability: ordered`.
 const WRITES_PER_SYNC: u32 = 256;
 /// Rounds that are not counted.
@@ -74,15 +72,16 @@ struct Round {
     fio_p99_us: f64,
 }
 
-/// Median and range of a ratio.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Ratio {
-    /// The middle.
-    pub median: f64,
-    /// The smallest.
-    pub least: f64,
-    /// The largest.
-    pub most: f64,
+impl Round {
+    /// GB/s, engine to fio.
+    fn speed(&self) -> f64 {
+        self.engine_gb_per_second / self.fio_gb_per_second
+    }
+
+    /// CPU seconds per GB, engine to fio.
+    fn cpu(&self) -> f64 {
+        self.engine_cpu_seconds_per_gb / self.fio_cpu_seconds_per_gb
+    }
 }
 
 #[derive(Serialize)]
@@ -97,11 +96,9 @@ struct Side {
 }
 
 #[derive(Serialize)]
-struct Comparison {
-    format: &'static str,
-    version: u32,
-    library: String,
-    fio: String,
+struct Against {
+    #[serde(flatten)]
+    head: Head,
     block_bytes: u64,
     iodepth: u32,
     batch: u32,
@@ -136,11 +133,8 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
             break;
         }
     }
-    let comparison = Comparison {
-        format: "ucm-bench compare",
-        version: JSON_VERSION,
-        library: crate::abi::version(),
-        fio: fio_version,
+    let against = Against {
+        head: Head::new("ucm-bench compare", Some(fio_version)),
         block_bytes: job.shape()?.bytes(),
         iodepth: job.iodepth,
         batch: job.batch,
@@ -149,12 +143,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         store: job.store.iter().cloned().collect(),
         sides,
     };
-    let text = match format {
-        Format::Json => serde_json::to_string_pretty(&comparison).unwrap_or_default() + "\n",
-        Format::Csv => csv(&comparison),
-        Format::Normal => table(&comparison),
-    };
-    crate::write(matches, &text)?;
+    comparison::write(matches, format, &against)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -279,7 +268,6 @@ impl Pair {
     }
 
     fn side(&self, rounds: Vec<Round>, file: &Path) -> Side {
-        let ratio = |value: &dyn Fn(&Round) -> f64| spread(rounds.iter().map(value).collect());
         let syscalls: Option<Vec<f64>> = rounds
             .iter()
             .map(|r| r.engine_syscalls_per_block.zip(r.fio_syscalls_per_block).map(|(a, b)| a - b))
@@ -287,33 +275,25 @@ impl Pair {
         Side {
             side: self.name,
             fio: self.fio.arguments(file),
-            gb_per_second: ratio(&|r| r.engine_gb_per_second / r.fio_gb_per_second),
-            cpu_per_gb: ratio(&|r| r.engine_cpu_seconds_per_gb / r.fio_cpu_seconds_per_gb),
-            cpu_per_gb_against_fio_and_memcpy: ratio(&|r| {
+            gb_per_second: Ratio::of(&rounds, Round::speed),
+            cpu_per_gb: Ratio::of(&rounds, Round::cpu),
+            cpu_per_gb_against_fio_and_memcpy: Ratio::of(&rounds, |r| {
                 r.engine_cpu_seconds_per_gb
                     / (r.fio_cpu_seconds_per_gb + r.memcpy_cpu_seconds_per_gb)
             }),
-            syscalls_per_block_more: syscalls.map(spread),
+            syscalls_per_block_more: syscalls.map(|more| Ratio::of(&more, |more| *more)),
             rounds,
         }
     }
 }
 
 fn round_of(engine: &GroupResult, fio: &FioResult, memcpy: &GroupResult) -> Result<Round, String> {
-    let job = &engine.jobs[0];
-    if job.tally.failures() > 0 || job.tally.blocks == 0 {
-        let first = job.tally.errors.iter().next();
-        return Err(format!(
-            "the engine failed {} blocks, so there is nothing to compare: {}",
-            job.tally.failures(),
-            first.map_or(String::new(), |(name, error)| format!("{name}: {}", error.example))
-        ));
-    }
+    let job = succeeded(engine)?;
     let per_gb = |cpu: f64, bytes: u64| cpu / (bytes as f64 / GB).max(1e-9);
     let copied = &memcpy.jobs[0].tally;
     let last_stage = job.tally.stages.iter().find(|(name, _)| **name != "copied");
     Ok(Round {
-        engine_gb_per_second: job.tally.bytes as f64 / GB / job.elapsed.as_secs_f64().max(1e-9),
+        engine_gb_per_second: gb_per_second(job),
         fio_gb_per_second: fio.gb_per_second,
         engine_cpu_seconds_per_gb: per_gb(engine.cost.cpu.total(), job.tally.bytes),
         fio_cpu_seconds_per_gb: per_gb(fio.cpu.total(), fio.bytes),
@@ -328,122 +308,96 @@ fn round_of(engine: &GroupResult, fio: &FioResult, memcpy: &GroupResult) -> Resu
     })
 }
 
-/// Median and range of what the rounds gave.
-pub fn spread(mut values: Vec<f64>) -> Ratio {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    let median = if values.len() % 2 == 1 {
-        values[middle]
-    } else {
-        (values[middle - 1] + values[middle]) / 2.0
-    };
-    Ratio { median, least: values[0], most: values[values.len() - 1] }
+/// One line of the report.
+struct Line<'a> {
+    number: u64,
+    side: &'a Side,
+    all: &'a Against,
+    round: Round,
 }
 
-fn table(comparison: &Comparison) -> String {
-    let mut out = String::new();
-    let _ = writeln!(
-        out,
-        "engine against {}: blocks of {}, {} in flight, batch {}, {} of data{}",
-        comparison.fio,
-        show_size(comparison.block_bytes),
-        comparison.iodepth,
-        comparison.batch,
-        show_size(comparison.size),
-        if comparison.registered { ", registered memory" } else { ", staged through the arena" },
-    );
-    for side in &comparison.sides {
-        let _ = writeln!(
-            out,
-            "\n{} against fio {}",
-            side.side,
-            side.fio[2].trim_start_matches("--rw=")
-        );
-        let _ = writeln!(
-            out,
-            "  {:>5}{:>10}{:>10}{:>8}{:>12}{:>12}{:>8}{:>11}{:>11}",
-            "round", "GB/s", "fio", "ratio", "CPU s/GB", "fio", "ratio", "syscalls", "fio"
-        );
-        for (number, r) in side.rounds.iter().enumerate() {
-            let count = |value: Option<f64>| value.map_or("n/a".into(), |v| format!("{v:.2}"));
-            let _ = writeln!(
-                out,
-                "  {:>5}{:>10.3}{:>10.3}{:>8.3}{:>12.4}{:>12.4}{:>8.2}{:>11}{:>11}",
-                number + 1,
-                r.engine_gb_per_second,
-                r.fio_gb_per_second,
-                r.engine_gb_per_second / r.fio_gb_per_second,
-                r.engine_cpu_seconds_per_gb,
-                r.fio_cpu_seconds_per_gb,
-                r.engine_cpu_seconds_per_gb / r.fio_cpu_seconds_per_gb,
-                count(r.engine_syscalls_per_block),
-                count(r.fio_syscalls_per_block),
-            );
-        }
-        let line = |out: &mut String, name: &str, ratio: &Ratio| {
-            let _ = writeln!(
-                out,
-                "  {name:<46}median {:.3}   spread {:.3} to {:.3}",
-                ratio.median, ratio.least, ratio.most
-            );
-        };
-        line(&mut out, "GB/s, engine / fio", &side.gb_per_second);
-        line(&mut out, "CPU per GB, engine / fio", &side.cpu_per_gb);
-        line(
-            &mut out,
-            "CPU per GB, engine / (fio + one memcpy)",
-            &side.cpu_per_gb_against_fio_and_memcpy,
-        );
-        if let Some(more) = &side.syscalls_per_block_more {
-            line(&mut out, "system calls per block, engine - fio", more);
-        }
-    }
-    out
+fn columns<'a>() -> [Column<Line<'a>>; 16] {
+    [
+        Column::new("side", |line: &Line| Cell::Text(line.side.side.into())),
+        Column::new("block_bytes", |line: &Line| Cell::Count(line.all.block_bytes)),
+        Column::new("iodepth", |line: &Line| Cell::Count(line.all.iodepth.into())),
+        Column::new("batch", |line: &Line| Cell::Count(line.all.batch.into())),
+        Column::new("round", |line: &Line| Cell::Count(line.number)).shown("round", 5, 0),
+        Column::new("engine_gb_per_second", |line: &Line| {
+            Cell::Number(line.round.engine_gb_per_second)
+        })
+        .shown("GB/s", 10, 3),
+        Column::new("fio_gb_per_second", |line: &Line| Cell::Number(line.round.fio_gb_per_second))
+            .shown("fio", 10, 3),
+        Column::seen("ratio", 8, 3, |line: &Line| Cell::Number(line.round.speed())),
+        Column::new("engine_cpu_seconds_per_gb", |line: &Line| {
+            Cell::Number(line.round.engine_cpu_seconds_per_gb)
+        })
+        .shown("CPU s/GB", 12, 4),
+        Column::new("fio_cpu_seconds_per_gb", |line: &Line| {
+            Cell::Number(line.round.fio_cpu_seconds_per_gb)
+        })
+        .shown("fio", 12, 4),
+        Column::new("memcpy_cpu_seconds_per_gb", |line: &Line| {
+            Cell::Number(line.round.memcpy_cpu_seconds_per_gb)
+        }),
+        Column::seen("ratio", 8, 2, |line: &Line| Cell::Number(line.round.cpu())),
+        Column::new("engine_syscalls_per_block", |line: &Line| {
+            Cell::maybe(line.round.engine_syscalls_per_block)
+        })
+        .shown("syscalls", 11, 2),
+        Column::new("fio_syscalls_per_block", |line: &Line| {
+            Cell::maybe(line.round.fio_syscalls_per_block)
+        })
+        .shown("fio", 11, 2),
+        Column::new("engine_p99_us", |line: &Line| Cell::Number(line.round.engine_p99_us)),
+        Column::new("fio_p99_us", |line: &Line| Cell::Number(line.round.fio_p99_us)),
+    ]
 }
 
-fn csv(comparison: &Comparison) -> String {
-    let mut out = String::from(
-        "side,block_bytes,iodepth,batch,round,engine_gb_per_second,fio_gb_per_second,\
-         engine_cpu_seconds_per_gb,fio_cpu_seconds_per_gb,memcpy_cpu_seconds_per_gb,\
-         engine_syscalls_per_block,fio_syscalls_per_block,engine_p99_us,fio_p99_us\n",
-    );
-    let count = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.4}"));
-    for side in &comparison.sides {
-        for (number, r) in side.rounds.iter().enumerate() {
-            let _ = writeln!(
-                out,
-                "{},{},{},{},{},{:.6},{:.6},{:.6},{:.6},{:.6},{},{},{:.3},{:.3}",
-                side.side,
-                comparison.block_bytes,
-                comparison.iodepth,
-                comparison.batch,
-                number + 1,
-                r.engine_gb_per_second,
-                r.fio_gb_per_second,
-                r.engine_cpu_seconds_per_gb,
-                r.fio_cpu_seconds_per_gb,
-                r.memcpy_cpu_seconds_per_gb,
-                count(r.engine_syscalls_per_block),
-                count(r.fio_syscalls_per_block),
-                r.engine_p99_us,
-                r.fio_p99_us,
-            );
-        }
+impl Against {
+    fn lines<'a>(&'a self, side: &'a Side) -> Vec<Line<'a>> {
+        let line = |(number, round): (u64, &Round)| Line { number, side, all: self, round: *round };
+        (1..).zip(&side.rounds).map(line).collect()
     }
-    out
+}
+
+impl Comparison for Against {
+    fn table(&self) -> String {
+        let mut out = format!(
+            "engine against {}: blocks of {}, {} in flight, batch {}, {} of data{}\n",
+            self.head.fio(),
+            show_size(self.block_bytes),
+            self.iodepth,
+            self.batch,
+            show_size(self.size),
+            if self.registered { ", registered memory" } else { ", staged through the arena" },
+        );
+        for side in &self.sides {
+            let fio = side.fio[2].trim_start_matches("--rw=");
+            out += &format!("\n{} against fio {fio}\n", side.side);
+            out += &comparison::table(&columns(), &self.lines(side));
+            out += &side.gb_per_second.line("GB/s, engine / fio");
+            out += &side.cpu_per_gb.line("CPU per GB, engine / fio");
+            out += &side
+                .cpu_per_gb_against_fio_and_memcpy
+                .line("CPU per GB, engine / (fio + one memcpy)");
+            if let Some(more) = &side.syscalls_per_block_more {
+                out += &more.line("system calls per block, engine - fio");
+            }
+        }
+        out
+    }
+
+    fn csv(&self) -> String {
+        let lines: Vec<_> = self.sides.iter().flat_map(|side| self.lines(side)).collect();
+        comparison::csv(&columns(), &lines)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Goal: the median is that of the ratios, for odd and even numbers of rounds.
-    #[test]
-    fn medians() {
-        let odd = spread(vec![1.0, 0.5, 0.9]);
-        assert_eq!((odd.median, odd.least, odd.most), (0.9, 0.5, 1.0));
-        assert_eq!(spread(vec![1.0, 2.0, 4.0, 3.0]).median, 2.5);
-    }
 
     /// Goal: the psync engine is compared with fio's psync, ordered saves with fdatasync.
     #[test]

@@ -4,7 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::fmt::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,17 +12,16 @@ use serde::Serialize;
 
 use crate::abi::Direction;
 use crate::cli;
-use crate::compare::{Ratio, WARM_UP, spread};
+use crate::compare::WARM_UP;
+use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second, succeeded};
 use crate::fio::{self, FioJob};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
 use crate::peak::Peak;
-use crate::report::{Format, GB};
+use crate::report::GB;
 use crate::run::{self, Context, GroupResult, Layout};
 use crate::units::{self, show_size};
 
-/// Version of the JSON of a comparison.
-const JSON_VERSION: u32 = 1;
 /// Bytes of one plain copy: four milliseconds at 64 GB/s, so that its start does not show.
 const PLAIN_BYTES: usize = 256 << 20;
 /// Plain copies in one measurement, one behind the other.
@@ -102,10 +100,9 @@ struct Row {
 }
 
 #[derive(Serialize)]
-struct Comparison {
-    format: &'static str,
-    version: u32,
-    library: String,
+struct Devices {
+    #[serde(flatten)]
+    head: Head,
     rows: Vec<Row>,
     notes: Vec<String>,
 }
@@ -138,15 +135,8 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         let way = Way::DriveToDevice;
         rows.extend(run_row(&job, way, slice, Some(fio_of(&job)?), rounds, &peak, context)?);
     }
-    let library = crate::abi::version();
-    let format_name = "ucm-bench compare device";
-    let all = Comparison { format: format_name, version: JSON_VERSION, library, rows, notes };
-    let text = match format {
-        Format::Json => serde_json::to_string_pretty(&all).unwrap_or_default() + "\n",
-        Format::Csv => csv(&all),
-        Format::Normal => table(&all),
-    };
-    crate::write(matches, &text)?;
+    let devices = Devices { head: Head::new("ucm-bench compare device", None), rows, notes };
+    comparison::write(matches, format, &devices)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -248,24 +238,16 @@ fn run_row(
     if measured.is_empty() {
         return Ok(None);
     }
-    let ratio = spread(measured.iter().map(Round::ratio).collect());
+    let ratio = Ratio::of(&measured, Round::ratio);
     let (block_bytes, batch, iodepth) = (job.block_size, job.batch, job.iodepth);
     Ok(Some(Row { way, slice_bytes: slice, block_bytes, batch, iodepth, rounds: measured, ratio }))
 }
 
 fn round_of(engine: &GroupResult, plain: f64) -> Result<Round, String> {
-    let job = &engine.jobs[0];
-    if job.tally.failures() > 0 || job.tally.blocks == 0 {
-        let first = job.tally.errors.iter().next();
-        return Err(format!(
-            "the engine failed {} blocks, so there is nothing to compare: {}",
-            job.tally.failures(),
-            first.map_or(String::new(), |(name, error)| format!("{name}: {}", error.example))
-        ));
-    }
+    let job = succeeded(engine)?;
     let gb = job.tally.bytes as f64 / GB;
     Ok(Round {
-        engine_gb_per_second: gb / job.elapsed.as_secs_f64().max(1e-9),
+        engine_gb_per_second: gb_per_second(job),
         engine_cpu_seconds_per_gb: engine.cost.cpu.total() / gb.max(1e-9),
         plain_gb_per_second: plain,
         fio_gb_per_second: None,
@@ -282,67 +264,86 @@ impl Way {
     }
 }
 
-fn table(all: &Comparison) -> String {
-    let mut out = String::from(
-        "engine against one large plain copy (drive to device: or fio, if that is less), GB/s\n\n",
-    );
-    let _ = writeln!(
-        out,
-        "  {:<16}{:>9}{:>9}{:>8}{:>8}{:>8}{:>12}   ratio, median (spread)",
-        "way", "slices", "engine", "plain", "fio", "batch", "CPU s/GB"
-    );
-    for row in &all.rows {
-        let middle =
-            |value: &dyn Fn(&Round) -> f64| spread(row.rounds.iter().map(value).collect()).median;
-        let fio = row.rounds[0].fio_gb_per_second.map_or("-".to_owned(), |_| {
-            format!("{:.2}", middle(&|round| round.fio_gb_per_second.unwrap_or_default()))
-        });
-        let _ = writeln!(
-            out,
-            "  {:<16}{:>9}{:>9.2}{:>8.2}{:>8}{:>8}{:>12.4}   {:.3} ({:.3} to {:.3})",
-            row.way.name(),
-            show_size(row.slice_bytes),
-            middle(&|round| round.engine_gb_per_second),
-            middle(&|round| round.plain_gb_per_second),
-            fio,
-            row.batch,
-            middle(&|round| round.engine_cpu_seconds_per_gb),
-            row.ratio.median,
-            row.ratio.least,
-            row.ratio.most,
-        );
+impl Row {
+    fn median(&self, value: impl Fn(&Round) -> f64) -> Cell {
+        Cell::Number(Ratio::of(&self.rounds, value).median)
     }
-    for note in &all.notes {
-        let _ = writeln!(out, "\n{note}");
+
+    fn has_fio(&self) -> bool {
+        self.rounds.iter().all(|round| round.fio_gb_per_second.is_some())
     }
-    out
+
+    fn spread(&self) -> Cell {
+        let Ratio { median, least, most } = self.ratio;
+        Cell::Text(format!("{median:.3} ({least:.3} to {most:.3})"))
+    }
 }
 
-fn csv(all: &Comparison) -> String {
-    let mut out = String::from(
-        "way,slice_bytes,block_bytes,batch,iodepth,round,engine_gb_per_second,plain_gb_per_second,\
-         fio_gb_per_second,engine_cpu_seconds_per_gb,ratio\n",
-    );
-    for row in &all.rows {
-        for (number, round) in row.rounds.iter().enumerate() {
-            let _ = writeln!(
-                out,
-                "{},{},{},{},{},{},{:.6},{:.6},{},{:.6},{:.6}",
-                row.way.name(),
-                row.slice_bytes,
-                row.block_bytes,
-                row.batch,
-                row.iodepth,
-                number + 1,
-                round.engine_gb_per_second,
-                round.plain_gb_per_second,
-                round.fio_gb_per_second.map_or(String::new(), |fio| format!("{fio:.6}")),
-                round.engine_cpu_seconds_per_gb,
-                round.ratio(),
-            );
-        }
+/// What people see: a line for each row.
+fn row_columns<'a>() -> [Column<&'a Row>; 8] {
+    [
+        Column::seen("way", 16, 0, |row: &&Row| Cell::Text(row.way.name().into())),
+        Column::seen("slices", 9, 0, |row: &&Row| Cell::Text(show_size(row.slice_bytes))),
+        Column::seen("engine", 9, 2, |row: &&Row| row.median(|round| round.engine_gb_per_second)),
+        Column::seen("plain", 8, 2, |row: &&Row| row.median(|round| round.plain_gb_per_second)),
+        Column::seen("fio", 8, 2, |row: &&Row| match row.has_fio() {
+            true => row.median(|round| round.fio_gb_per_second.unwrap_or_default()),
+            false => Cell::Missing,
+        }),
+        Column::seen("batch", 8, 0, |row: &&Row| Cell::Count(row.batch.into())),
+        Column::seen("CPU s/GB", 12, 4, |row: &&Row| {
+            row.median(|round| round.engine_cpu_seconds_per_gb)
+        }),
+        Column::seen("ratio, median (spread)", 28, 0, |row: &&Row| row.spread()),
+    ]
+}
+
+/// One round, for spreadsheets.
+struct Line<'a> {
+    row: &'a Row,
+    number: u64,
+    round: Round,
+}
+
+fn columns<'a>() -> [Column<Line<'a>>; 11] {
+    [
+        Column::new("way", |line: &Line| Cell::Text(line.row.way.name().into())),
+        Column::new("slice_bytes", |line: &Line| Cell::Count(line.row.slice_bytes)),
+        Column::new("block_bytes", |line: &Line| Cell::Count(line.row.block_bytes)),
+        Column::new("batch", |line: &Line| Cell::Count(line.row.batch.into())),
+        Column::new("iodepth", |line: &Line| Cell::Count(line.row.iodepth.into())),
+        Column::new("round", |line: &Line| Cell::Count(line.number)),
+        Column::new("engine_gb_per_second", |line: &Line| {
+            Cell::Number(line.round.engine_gb_per_second)
+        }),
+        Column::new("plain_gb_per_second", |line: &Line| {
+            Cell::Number(line.round.plain_gb_per_second)
+        }),
+        Column::new("fio_gb_per_second", |line: &Line| Cell::maybe(line.round.fio_gb_per_second)),
+        Column::new("engine_cpu_seconds_per_gb", |line: &Line| {
+            Cell::Number(line.round.engine_cpu_seconds_per_gb)
+        }),
+        Column::new("ratio", |line: &Line| Cell::Number(line.round.ratio())),
+    ]
+}
+
+impl Comparison for Devices {
+    fn table(&self) -> String {
+        let mut out = String::from(
+            "engine against one large plain copy (drive to device: or fio, if that is less), GB/s\n\n",
+        );
+        out += &comparison::table(&row_columns(), &self.rows.iter().collect::<Vec<_>>());
+        self.notes.iter().for_each(|note| out += &format!("\n{note}\n"));
+        out
     }
-    out
+
+    fn csv(&self) -> String {
+        let lines = self.rows.iter().flat_map(|row| {
+            let line = move |(number, round): (u64, &Round)| Line { row, number, round: *round };
+            (1..).zip(&row.rounds).map(line)
+        });
+        comparison::csv(&columns(), &lines.collect::<Vec<_>>())
+    }
 }
 
 #[cfg(test)]

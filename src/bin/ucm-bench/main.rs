@@ -6,6 +6,7 @@ mod calls;
 mod cli;
 mod compare;
 mod compare_device;
+mod comparison;
 mod device;
 mod fio;
 mod ground;
