@@ -123,7 +123,6 @@ fn round(fake: &Fake, store: &Store, numbers: [u64; BLOCKS]) -> Vec<ucm::error::
 /// One life of a store in which the nth call fails. Gives the call's name; `None`: there were not so many.
 fn life_with_a_failure(kind: Kind, nth: i64) -> Option<String> {
     let (fake, directory) = (Fake::take(kind), TempDir::new().unwrap());
-    let before = fake.live();
     fake.fail(nth, STATUS_OF_ONE_CALL, false);
     let store = match open(directory.path(), kind) {
         Ok(store) => store,
@@ -131,7 +130,7 @@ fn life_with_a_failure(kind: Kind, nth: i64) -> Option<String> {
             let call = fake.failed().expect("an open fails without a failure");
             assert_eq!(error.kind(), ErrorKind::Device, "{call}: {error}");
             assert!(error.to_string().contains(&call), "{call} is not named: {error}");
-            assert_eq!(fake.live(), before, "{kind:?}: {call}: leaked: {error}");
+            fake.assert_no_leak();
             return Some(call);
         }
     };
