@@ -305,15 +305,14 @@ impl Owned {
             Command::Register(memory, reply) => {
                 let registration = self.io.register_memory(memory);
                 let fixed = registration == Registration::Fixed;
-                match reply.send(registration) {
-                    Ok(()) if fixed => {
-                        let bytes = memory.length as u64;
-                        self.shared.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
-                    }
+                let bytes = if fixed { memory.length as u64 } else { 0 };
+                // Before the answer: whoever has it may ask for the count.
+                self.shared.registered_bytes.fetch_add(bytes, Ordering::Relaxed);
+                if reply.send(registration).is_err() && fixed {
                     // The caller has given up and may unmap the memory: other pages that come to its
                     // address must not be taken for these.
-                    Err(_) if fixed => drop(self.io.unregister_memory(memory.pointer)),
-                    _ => {}
+                    let _ = self.io.unregister_memory(memory.pointer);
+                    self.shared.registered_bytes.fetch_sub(bytes, Ordering::Relaxed);
                 }
             }
             Command::Unregister(base, length, reply) => {
