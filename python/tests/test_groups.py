@@ -62,3 +62,17 @@ def test_block_that_left_its_window_was_saved_with_the_bytes_of_the_next(
     assert len(world.blocks) == 4 * 20
     for block in world.blocks.values():  # here both layers have the same KV
         assert block[: len(block) // 2] == block[len(block) // 2 :]
+
+
+def test_prefix_that_cannot_be_saved_any_more_is_not_promised(model: str) -> None:
+    """vLLM's own cache keeps of a layer with a window the window alone. A prompt that it holds, and the store
+    does not, is announced to nobody, so that nobody waits for it."""
+    world, prompt = World(refuse_saves=True), list(range(8 * BLOCK + 3))
+    sim = Simulation(vllm_config(model), world, window=WINDOW)
+    serve(sim, {"dropped": prompt})
+    world.refuse_saves = False
+    serve(sim, {"again": prompt})
+    assert 0 < len(world.blocks) < 8
+    assert sim.results["again"].params is None
+    serve(sim, {"other": [9, *prompt]})
+    assert sim.results["other"].params["ucm"]["blocks"] == 8

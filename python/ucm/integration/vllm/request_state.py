@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.holds import Held
+
+NO_GAP: Final = 1 << 62
+"""A block number that no request reaches."""
 
 
 class RequestState:
     """What the scheduler side knows of one request."""
 
     __slots__ = (
-        "cap", "chain", "frozen", "held", "hits", "in_step", "load_first", "load_slots", "lookup_at",
+        "cap", "chain", "frozen", "gap", "held", "hits", "in_step", "load_first", "load_slots", "lookup_at",
         "lookup_key", "request", "save_step", "saved", "sources", "table", "told", "wait", "whole",
     )  # fmt: skip
 
@@ -25,6 +28,8 @@ class RequestState:
         """vLLM's block numbers of each KV cache group, as far as they were scheduled."""
         self.saved = 0
         """Blocks before this one are saved, or were handed to the worker to save."""
+        self.gap = NO_GAP
+        """The first block that is not in the store and cannot be saved: its memory left a window before."""
         self.save_step = 0
         """The last step that saves from this request's memory; 0: none does."""
         self.lookup_key: tuple[int, int] = (-1, -1)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.config import ConnectorConfig, Handoff
@@ -335,14 +337,14 @@ class SchedulerSide:
         state.saved = full
         ids = state.chain.upto(state.request, full)[first:]
         present = self._store.lookup(ids)
-        wanted = [
-            i for i in range(full - first)
-            if not present[i] and all(group[first + i] != NULL_BLOCK for group in table)
-        ]  # fmt: skip
+        missing = [first + int(i) for i in np.flatnonzero(~present)]
+        wanted = [block for block in missing if all(group[block] != NULL_BLOCK for group in table)]
+        if len(wanted) < len(missing):
+            state.gap = min(set(missing).difference(wanted) | {state.gap})
         if not wanted:
             return None
-        slots = _rows(table, [first + i for i in wanted])
-        return Transfer(state.request.request_id, ids[wanted].tobytes(), slots)
+        ids = ids[np.array(wanted) - first]
+        return Transfer(state.request.request_id, ids.tobytes(), _rows(table, wanted))
 
     # -- the end of requests --------------------------------------------------------------------
 
@@ -407,7 +409,7 @@ class SchedulerSide:
 
     def _announce(self, state: RequestState) -> dict[str, Any] | None:
         request = state.request
-        blocks = min(request.num_prompt_tokens // self._block_tokens, state.saved)
+        blocks = min(request.num_prompt_tokens // self._block_tokens, state.saved, state.gap)
         if blocks == 0 or state.frozen:
             return None
         ids = state.chain.upto(request, blocks)
