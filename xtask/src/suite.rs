@@ -14,10 +14,16 @@ struct Tool {
     packages: &'static str,
 }
 
+/// Succeeds where clang can link a program with its address sanitizer.
+const SANITIZER_OF_CLANG: &str =
+    "echo 'int main(void) { return 0; }' | clang -fsanitize=address -x c - -o /dev/null";
+
 const TOOLS: &[Tool] = &[
     Tool { probe: &["g++", "--version"], packages: "g++" },
     Tool { probe: &["clang", "--version"], packages: "clang" },
     Tool { probe: &["clang++", "--version"], packages: "clang" },
+    // Clang brings its sanitizers in a package of their own, which it does not depend on.
+    Tool { probe: &["sh", "-c", SANITIZER_OF_CLANG], packages: "libclang-rt-dev" },
     Tool { probe: &["cmake", "--version"], packages: "cmake" },
     Tool { probe: &["make", "--version"], packages: "make" },
     Tool { probe: &["pkg-config", "--version"], packages: "pkg-config" },
