@@ -264,8 +264,18 @@ impl CopyPool {
     fn run_here(&self, mut jobs: Vec<Job>) {
         match self.guest.try_lock().as_deref_mut() {
             Some(Some(guest)) => guest.finish(&mut jobs),
-            _ => self.push(jobs),
+            _ => return self.push(jobs),
         }
+        // Who heard of the last job's end may have closed the store before we came to here.
+        if self.shared.queues.lock().stopped {
+            self.dismiss_guest();
+        }
+    }
+
+    /// Ends the guest, which keeps its owner alive that owns the pool; whoever is at work as it does so afterwards.
+    fn dismiss_guest(&self) {
+        let guest = self.guest.try_lock().and_then(|mut guest| guest.take());
+        drop(guest);
     }
 
     /// Queues jobs; one lock and at most one wake-up a job. Inside a batch of the calling thread, all of
@@ -298,10 +308,7 @@ impl CopyPool {
                 let _ = worker.join();
             }
         }
-        // Where a reactor is at work as the guest, it is that reactor which stops the pool: its jobs end first.
-        if let Some(mut guest) = self.guest.try_lock() {
-            *guest = None;
-        }
+        self.dismiss_guest();
     }
 }
 
@@ -586,4 +593,46 @@ impl Worker {
 fn addresses(copy: &Copy) -> Vec<*mut c_void> {
     let addresses = copy.unit.task.addresses(copy.unit.index);
     addresses.map(|Address(address)| std::ptr::with_exposed_provenance_mut(address)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::device::host::Host;
+
+    struct Nobody;
+
+    impl Owner for Nobody {
+        fn copied(&self, _copy: Copy, _result: Option<Result<()>>, _staging: Staging) -> Vec<Job> {
+            Vec::new()
+        }
+        fn poisoned(&self, _error: Error) {}
+    }
+
+    /// Goal: a pool that is stopped while a reactor works for it lets go of its owner, and with it of rings and
+    /// descriptors, when the reactor is through.
+    #[test]
+    fn a_pool_stopped_while_a_reactor_works_lets_go_of_its_owner() {
+        let owner: Arc<dyn Owner> = Arc::new(Nobody);
+        let pool = CopyPool::new();
+        pool.start(&Host, 1, &owner).unwrap();
+        let (begins, begun) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel();
+        let work = Box::new(move || {
+            begins.send(()).unwrap();
+            may_go_on.recv().unwrap();
+            Vec::new()
+        });
+        let reactor = {
+            let pool = pool.clone();
+            std::thread::spawn(move || pool.run_here(vec![Job::Compute(Urgency::Load, 1, work)]))
+        };
+        begun.recv().unwrap();
+        pool.stop();
+        go_on.send(()).unwrap();
+        reactor.join().unwrap();
+        assert_eq!(Arc::strong_count(&owner), 1);
+    }
 }
