@@ -560,20 +560,98 @@ fn closing_waits_for_transfers_in_flight() {
     world.assert_no_leak();
 }
 
+/// Runs a test, which leaves something behind, in a process of its own; whether this is that process.
+fn alone(test: &str) -> bool {
+    const CHILD: &str = "UCM_TEST_DIRECT_ALONE";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    false
+}
+
+/// Waits until the device holds a checksum, and closes the store.
+fn close_under_a_hash(world: &World, store: &Store) {
+    let begun = Instant::now();
+    while world.fake.stopped() == 0 {
+        assert!(begun.elapsed() < PATIENCE, "no checksum was asked for");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::scope(|scope| {
+        let closing = scope.spawn(|| store.close());
+        let begun = Instant::now();
+        while !closing.is_finished() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let finished = closing.is_finished();
+        world.fake.hold(false);
+        assert!(finished, "close hangs with the device");
+    });
+}
+
+/// Goal: a store whose device does not answer a checksum of a load closes all the same, within its time limits, and
+/// what the device may still write is leaked; a checksum that ends after that does no harm.
+#[test]
+fn close_hung_under_a_checksum_of_a_load() {
+    if !alone("close_hung_under_a_checksum_of_a_load") {
+        return;
+    }
+    let world = World::new();
+    let keys = [("timeout_ms", "500"), ("tensor_size", &(BLOCK / 2).to_string())];
+    let store = world.open_with(&keys).unwrap();
+    (1..3).for_each(|number| save_block(&world, &store, number).unwrap());
+    let memory = std::mem::ManuallyDrop::new(world.fake.alloc(BLOCK));
+    let addresses = halves(&memory);
+    world.fake.hold_hashes(true);
+    let loads = [1, 2].map(|number| load(&store, &batch(&[id(number)], None, &addresses)));
+    let held = world.fake.live()[2];
+    close_under_a_hash(&world, &store);
+    assert!(
+        loads.iter().all(|task| task.is_released()),
+        "nothing was copied to the callers' memory"
+    );
+    drop(store);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(world.fake.live()[2], held, "memory of a device that did not answer was given back");
+    // What was leaked cannot be given back.
+    std::process::exit(0);
+}
+
+/// Goal: the same for the checksum of a save.
+#[test]
+fn close_hung_under_a_checksum_of_a_save() {
+    if !alone("close_hung_under_a_checksum_of_a_save") {
+        return;
+    }
+    let world = World::new();
+    let keys = [("timeout_ms", "500"), ("tensor_size", &(BLOCK / 2).to_string())];
+    let store = world.open_with(&keys).unwrap();
+    let memory = std::mem::ManuallyDrop::new(world.fake.alloc(BLOCK));
+    memory.write(&in_halves(1));
+    let addresses = halves(&memory);
+    world.fake.hold_hashes(true);
+    let held = world.fake.live()[2];
+    let task = save(&store, &batch(&[id(1)], None, &addresses));
+    close_under_a_hash(&world, &store);
+    assert!(task.is_released(), "the caller's memory was gathered before");
+    drop(store);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(world.fake.live()[2], held, "memory of a device that did not answer was given back");
+    std::process::exit(0);
+}
+
 /// Goal: a device that is lost under the direct path ends its entries with DEVICE, and the store closes; what is on the
 /// drive is served by the next process.
 #[test]
 fn a_lost_device_ends_entries_and_the_store_closes() {
-    const CHILD: &str = "UCM_TEST_DIRECT_LOST";
-    if std::env::var_os(CHILD).is_none() {
-        // In a process of its own: what a lost device may still touch stays for ever.
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "a_lost_device_ends_entries_and_the_store_closes", "--nocapture"])
-            .env(CHILD, "1")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{text}");
+    // What a lost device may still touch stays for ever.
+    if !alone("a_lost_device_ends_entries_and_the_store_closes") {
         return;
     }
     let world = World::new();

@@ -158,7 +158,7 @@ static void launch_hash(unsigned blocks, unsigned threads, struct stub_stream *s
     if (!args->runs || args->runs > UCM_HASH_RUNS_MAX || blocks != args->runs || threads != UCM_HASH_THREADS) {
         stub_misuse("cuLaunchKernel", "%u runs on %u blocks of %u threads", args->runs, blocks, threads);
     }
-    stub_kernel("cuLaunchKernel", stream, run_hash, args, sizeof *args);
+    stub_kernel(STUB_HASH, stream, run_hash, args, sizeof *args);
 }
 
 API cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,

@@ -14,7 +14,8 @@ extern __thread bool stub_in_host;
 /* Nonzero: everything is dead, and returns this. */
 extern int stub_dead_status;
 extern unsigned stub_delay_micros;
-extern bool stub_held;
+/* One of the HOLD_ values. */
+extern int stub_held;
 
 void stub_pause(unsigned micros);
 

@@ -17,7 +17,7 @@ static int fail_status, fail_sticky, named_status;
 int stub_dead_status;
 static char named[64], failed[64];
 unsigned stub_delay_micros;
-bool stub_held;
+int stub_held;
 
 #define NAMES_MAX 128
 static struct {
@@ -141,7 +141,7 @@ void ucm_stub_reset(void) {
     calls = fail_at = named_at = 0;
     failed[0] = 0;
     stub_delay_micros = 0;
-    stub_held = false;
+    stub_held = HOLD_NOTHING;
     stub_dead_status = 0;
     memset(counts, 0, sizeof counts);
     stub_forget_fills();

@@ -120,7 +120,12 @@ STUB_EXPORT void ucm_stub_stream_sync(void *stream);
 STUB_EXPORT void *ucm_stub_event_new(void);
 STUB_EXPORT void ucm_stub_event_record(void *event, void *stream);
 STUB_EXPORT void ucm_stub_event_destroy(void *event);
-/* Streams stop before the next transfer until this is called with 0. */
+/* The call that a hash kernel says it is of. */
+#define STUB_HASH "cuLaunchKernel of ucm_hash"
+/* Streams stop before the next transfer, or only before the next hash, until nothing is held. */
+enum { HOLD_NOTHING, HOLD_ALL, HOLD_HASHES };
 STUB_EXPORT void ucm_stub_hold(int hold);
+/* Streams that are stopped by that. */
+STUB_EXPORT int ucm_stub_stopped(void);
 
 #endif

@@ -148,6 +148,19 @@ static bool is_transfer(const struct operation *operation) {
     return operation->kind == COPY || operation->kind == KERNEL;
 }
 
+static int stopped;
+
+int ucm_stub_stopped(void) {
+    pthread_mutex_lock(&stub_lock);
+    int streams = stopped;
+    pthread_mutex_unlock(&stub_lock);
+    return streams;
+}
+
+static bool is_held(const struct operation *operation) {
+    return (stub_held == HOLD_ALL && is_transfer(operation)) || (stub_held == HOLD_HASHES && !strcmp(operation->call, STUB_HASH));
+}
+
 static void *stream_main(void *argument) {
     struct stub_stream *stream = argument;
     pthread_mutex_lock(&stub_lock);
@@ -159,8 +172,10 @@ static void *stream_main(void *argument) {
         if (!operation) {
             break;
         }
-        while (stub_held && is_transfer(operation) && !stub_dead_status) {
+        while (is_held(operation) && !stub_dead_status) {
+            stopped++;
             pthread_cond_wait(&stub_changed, &stub_lock);
+            stopped--;
         }
         /* A dead device stops where it is: what is queued never happens. */
         bool dead = stub_dead_status != 0;

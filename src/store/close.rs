@@ -31,7 +31,10 @@ pub(super) fn close(engine: &Arc<Engine>) {
     if let Some(tier) = &engine.tier {
         tier.close(Instant::now() + TEARDOWN);
     }
-    let copies_ended = drained || !engine.parts.lock().is_copying();
+    // Workers end what they are at before they can be joined. Neither a copy nor a checksum begins from here on: the
+    // tasks were ended above.
+    let hashes_ended = engine.hashes.shut();
+    let copies_ended = hashes_ended && (drained || !engine.parts.lock().is_copying());
     if copies_ended {
         engine.pool.stop();
     }

@@ -4,15 +4,63 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::engine::Engine;
 use crate::copy::Job;
 use crate::device::{DeviceStaging, HashRun};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
 use crate::parts::{Check, Outcome, PartId, Piece};
 use crate::posix::{Claim, Extent, Trailer, Wanted};
 
+/// The checksums that the device computes now, each of which holds a copy worker in the driver for as long as the
+/// device takes. A store that closes does not wait for what may never end: it lets no further one begin, and is
+/// leaked where one is under way.
+#[derive(Default)]
+pub(super) struct Hashes(Mutex<Counted>);
+
+#[derive(Default)]
+struct Counted {
+    under_way: usize,
+    shut: bool,
+}
+
+/// One of them.
+struct UnderWay<'a>(&'a Hashes);
+
+impl Hashes {
+    fn begin(&self) -> Result<UnderWay<'_>> {
+        let mut counted = self.0.lock();
+        if counted.shut {
+            let text = "the store was closed before the device had computed a checksum";
+            return Err(Error::new(ErrorKind::Closed, text));
+        }
+        counted.under_way += 1;
+        Ok(UnderWay(self))
+    }
+
+    /// Lets no more begin; whether none is under way, so that no copy worker is in the driver for one, nor will be.
+    pub(super) fn shut(&self) -> bool {
+        let mut counted = self.0.lock();
+        counted.shut = true;
+        counted.under_way == 0
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.0.lock().under_way -= 1;
+    }
+}
+
 impl Engine {
+    /// The hashes of these runs of a slot.
+    fn hash(&self, memory: &dyn DeviceStaging, slot: u32, wanted: &[Wanted]) -> Result<Vec<u64>> {
+        let _under_way = self.hashes.begin()?;
+        memory.hash(&self.hash_runs(slot, wanted))
+    }
+
     /// As `verify_whole` and `verify_shards`, of a piece in device memory; all of it in one request to the device.
     pub(super) fn verify_on_device(
         &self,
@@ -39,7 +87,7 @@ impl Engine {
     ) -> Result<Vec<u32>> {
         let claims = self.claims(piece, trailer)?;
         let wanted: Vec<Wanted> = claims.iter().map(|(_, claim)| claim.wanted).collect();
-        let hashes = memory.hash(&self.hash_runs(piece.slot, &wanted))?;
+        let hashes = self.hash(memory, piece.slot, &wanted)?;
         let broken = |(_, claim): &&(u32, Claim), hash: &u64| !claim.holds(*hash);
         let mut bad: Vec<u32> = claims
             .iter()
@@ -96,7 +144,7 @@ impl Engine {
         let geometry = &self.config.geometry;
         let shard_bytes = geometry.shard_bytes.min(geometry.part_bytes);
         let wanted = self.tier().hashes_wanted(&extent, shard_bytes);
-        let hashes = match memory.hash(&self.hash_runs(slot, &wanted)) {
+        let hashes = match self.hash(memory, slot, &wanted) {
             Ok(hashes) => hashes,
             // The extent goes back to its segment.
             Err(error) => {

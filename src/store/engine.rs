@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::device_hash::Hashes;
 use super::fresh::Fresh;
 use super::regions::Regions;
 use super::slots::Slots;
@@ -38,6 +39,7 @@ pub(super) struct Engine {
     pub backends: Vec<Arc<Backend>>,
     pub parts: Mutex<Parts>,
     pub pool: CopyPool,
+    pub hashes: Hashes,
     pub clock: Clock,
     pub completions: Arc<CompletionQueue>,
     pub tasks: Mutex<HashMap<u64, Live>>,

@@ -165,9 +165,9 @@ impl Engine {
             (None, Check::Whole) => self.verify_whole(piece, &landing),
             (None, _) => self.verify_shards(piece, trailer, &landing),
         };
-        // A device that failed says nothing of the bytes.
+        // A device that failed says nothing of the bytes, nor does a store that closes.
         if let Outcome::Bad { error, .. } = &outcome
-            && error.kind() != ErrorKind::Device
+            && !matches!(error.kind(), ErrorKind::Device | ErrorKind::Closed)
         {
             self.metrics.verify_failures.add(1);
         }

@@ -242,6 +242,16 @@ impl Fake {
         call!(self, b"ucm_stub_hold", fn(c_int), i32::from(hold));
     }
 
+    /// Streams that are held now.
+    pub fn stopped(&self) -> i32 {
+        call!(self, b"ucm_stub_stopped", fn() -> c_int,)
+    }
+
+    /// Hash kernels wait, nothing else does.
+    pub fn hold_hashes(&self, hold: bool) {
+        call!(self, b"ucm_stub_hold", fn(c_int), if hold { 2 } else { 0 });
+    }
+
     pub fn capture(&self, on: bool) {
         call!(self, b"ucm_stub_capture", fn(c_int), i32::from(on));
     }
