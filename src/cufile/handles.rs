@@ -77,10 +77,15 @@ impl Handles {
             return Ok(Arc::clone(handle));
         }
         let new = Arc::new(Handle::register(&self.driver, raw)?);
-        Ok(Arc::clone(self.files.lock().entry(file).or_insert(new)))
+        let mut files = self.files.lock();
+        let kept = Arc::clone(files.entry(file).or_insert_with(|| Arc::clone(&new)));
+        // Given up after the lock, which all directories share: that may wait for the mount as well.
+        drop(files);
+        drop(new);
+        Ok(kept)
     }
 
-    /// The file is closed.
+    /// The file is closed. May wait for the mount.
     pub(super) fn forget(&self, file: FileId) {
         let handle = self.files.lock().remove(&file);
         drop(handle);

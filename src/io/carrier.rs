@@ -25,7 +25,7 @@ pub trait Carrier: Debug + Send + Sync {
         false
     }
 
-    /// The file is closed: drops what is kept of it.
+    /// The file is closed: drops what is kept of it. May block, so no reactor calls it.
     fn forget(&self, _file: FileId) {}
 
     /// Moves bytes on an open file's first page and back, to see whether it can in this directory.

@@ -8,6 +8,8 @@
 pub mod backend;
 pub mod carrier;
 #[cfg(test)]
+mod carrier_tests;
+#[cfg(test)]
 mod conformance;
 pub mod engine;
 #[cfg(test)]

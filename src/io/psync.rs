@@ -59,6 +59,10 @@ struct Jobs {
     waiting: [VecDeque<Job>; Class::COUNT],
     threads: usize,
     idle: usize,
+    /// Closed files of which the carrier keeps something. One thread at a time drops that, which may block: the others
+    /// go on with transfers.
+    forgotten: VecDeque<(Arc<dyn Carrier>, FileId)>,
+    forgetting: bool,
     closed: bool,
 }
 
@@ -104,7 +108,19 @@ impl Psync {
         for job in self.pushed.drain(..) {
             jobs.waiting[job.class.index()].push_back(job);
         }
-        let waiting = jobs.waiting.iter().map(VecDeque::len).sum::<usize>();
+        if !self.staff(&mut jobs) {
+            // The process is out of threads: the reactor tries again later.
+            let mut ends = self.shared.ends.lock();
+            while let Some(job) = jobs.next() {
+                ends.ready.push(Ended { token: job.token, result: -libc::EAGAIN });
+            }
+        }
+    }
+
+    /// Wakes or starts threads for what waits; whether there is one that will come to it.
+    fn staff(&self, jobs: &mut Jobs) -> bool {
+        let transfers = jobs.waiting.iter().map(VecDeque::len).sum::<usize>();
+        let waiting = transfers + usize::from(jobs.can_forget());
         for _ in 0..waiting.min(jobs.idle) {
             self.shared.work.notify_one();
         }
@@ -113,16 +129,10 @@ impl Psync {
             let shared = Arc::clone(&self.shared);
             match thread::spawn("ucm-psync", move || shared.work()) {
                 Ok(_) => jobs.threads += 1,
-                Err(_) if jobs.threads > 0 => break, // Those that run will come to it.
-                Err(_) => {
-                    // The process is out of threads: the reactor tries again later.
-                    let mut ends = self.shared.ends.lock();
-                    while let Some(job) = jobs.next() {
-                        ends.ready.push(Ended { token: job.token, result: -libc::EAGAIN });
-                    }
-                }
+                Err(_) => return jobs.threads > 0, // Those that run will come to it.
             }
         }
+        true
     }
 }
 
@@ -197,7 +207,10 @@ impl Io for Psync {
     }
 
     fn forget_file(&mut self, file: FileId) {
-        self.carrier.forget(file);
+        let mut jobs = self.shared.jobs.lock();
+        jobs.forgotten.push_back((Arc::clone(&self.carrier), file));
+        // Without a thread it waits for the next transfer's.
+        self.staff(&mut jobs);
     }
 
     fn system_calls(&self) -> u64 {
@@ -224,12 +237,28 @@ impl Jobs {
     fn next(&mut self) -> Option<Job> {
         self.waiting.iter_mut().find_map(VecDeque::pop_front)
     }
+
+    fn can_forget(&self) -> bool {
+        !self.forgetting && !self.forgotten.is_empty()
+    }
 }
 
 impl Shared {
     fn work(&self) {
         let mut jobs = self.jobs.lock();
         loop {
+            // Before transfers: under a load that never pauses the space of deleted files would never be free.
+            if jobs.can_forget()
+                && let Some((carrier, file)) = jobs.forgotten.pop_front()
+            {
+                jobs.forgetting = true;
+                drop(jobs);
+                carrier.forget(file);
+                drop(carrier);
+                jobs = self.jobs.lock();
+                jobs.forgetting = false;
+                continue;
+            }
             if let Some(job) = jobs.next() {
                 drop(jobs);
                 self.transfer(job);
@@ -242,7 +271,7 @@ impl Shared {
             jobs.idle += 1;
             let timed_out = self.work.wait_for(&mut jobs, IDLE).timed_out();
             jobs.idle -= 1;
-            if timed_out && jobs.waiting.iter().all(VecDeque::is_empty) {
+            if timed_out && !jobs.can_forget() && jobs.waiting.iter().all(VecDeque::is_empty) {
                 break;
             }
         }
