@@ -69,6 +69,11 @@ static int opened, compat_of_others;
 static bool staged[PARAMETERS] = {[ALLOW_COMPAT] = true};
 static bool current[PARAMETERS];
 
+static void stage_defaults(void) {
+    memset(staged, 0, sizeof staged);
+    staged[ALLOW_COMPAT] = true;
+}
+
 /* ---- what a test can say and ask ---- */
 
 static long calls, fail_at, named_at;
@@ -157,8 +162,12 @@ API long ucm_cufile_live(const char *what) {
     return live;
 }
 
+/* As in a new process, where nobody has opened cuFile. */
 API void ucm_cufile_reset(void) {
     pthread_mutex_lock(&lock);
+    opened = compat_of_others = 0;
+    memset(current, 0, sizeof current);
+    stage_defaults();
     calls = fail_at = named_at = 0;
     failed[0] = 0;
     longest = 0;
@@ -265,22 +274,18 @@ API CUfileError_t cuFileDriverOpen(void) {
         return status(IS_OPEN);
     }
     memcpy(current, staged, sizeof current);
-    memset(staged, 0, sizeof staged);
-    staged[ALLOW_COMPAT] = true;
+    stage_defaults();
     opened = !code;
     return status(code);
 }
 
+/* It is one for the process, and opens are not counted: whoever closes it takes it from all others. */
 API CUfileError_t cuFileDriverClose_v2(void) {
-    if (!opened) {
-        misuse("cuFileDriverClose", "closed more often than opened");
-    }
-    opened = 0;
-    return status(OK);
+    misuse("cuFileDriverClose_v2", "others of the process use cuFile");
 }
 
 API CUfileError_t cuFileDriverClose(void) {
-    misuse("cuFileDriverClose", "the first version of the call");
+    misuse("cuFileDriverClose", "others of the process use cuFile");
 }
 
 API CUfileError_t cuFileDriverGetProperties(CUfileDrvProps_t *properties) {

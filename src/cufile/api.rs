@@ -80,7 +80,6 @@ type Transfer = unsafe extern "C" fn(Handle, *mut c_void, usize, i64, i64) -> is
 /// The functions; what is `None` came with CUDA 12.8.
 pub(super) struct Functions {
     pub(super) driver_open: Plain,
-    pub(super) driver_close: Plain,
     pub(super) properties: GetProperties,
     pub(super) handle_register: HandleRegister,
     pub(super) handle_deregister: HandleDeregister,
@@ -107,16 +106,11 @@ impl Api {
         let find =
             |symbol: &str| library.find(symbol).ok_or_else(|| library.missing(symbol, &version));
         use std::mem::transmute as typed;
-        let close = match library.find("cuFileDriverClose_v2") {
-            Some(address) => address,
-            None => find("cuFileDriverClose")?,
-        };
         // SAFETY: each symbol is given the type under which the library's header declares it, the same in all
         // versions; the addresses are not null.
         let functions = unsafe {
             Functions {
                 driver_open: typed::<*mut c_void, Plain>(find("cuFileDriverOpen")?),
-                driver_close: typed::<*mut c_void, Plain>(close),
                 properties: typed::<*mut c_void, GetProperties>(find("cuFileDriverGetProperties")?),
                 handle_register: typed::<*mut c_void, HandleRegister>(find(
                     "cuFileHandleRegister",

@@ -1,11 +1,12 @@
 //! cuFile itself, open in this process without any way through host memory.
 //!
 //! cuFile is one for a process, and takes settings only before it is opened: settings that were made and not
-//! used are forgotten by an open that fails. So stores share it, and one lock is held from the settings to the
-//! end of the opening, and while it is closed.
+//! used are forgotten by an open that fails. So one lock is held from the settings to the end of the opening.
+//!
+//! Nobody here closes it. An open is not counted: who finds cuFile open (KvikIO, PyTorch, another store) uses it too,
+//! and a close would take it from all of them. It ends with the process.
 
 use std::ffi::c_uint;
-use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -13,20 +14,12 @@ use super::api::{Api, DRIVER_ALREADY_OPEN, INDIRECT_FLAGS, INDIRECT_PARAMETERS, 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::thread::quietly;
 
-struct Open {
-    api: Arc<Api>,
-    /// What was found, for reports.
-    features: Vec<String>,
-    users: usize,
-    /// Somebody else in the process had opened it, and will close it.
-    borrowed: bool,
-}
+static OPENING: Mutex<()> = Mutex::new(());
 
-static OPEN: Mutex<Option<Open>> = Mutex::new(None);
-
-/// A use of cuFile; it stays open while there is one.
+/// A use of cuFile, which is open.
 pub(super) struct Driver {
-    api: Arc<Api>,
+    api: Api,
+    /// What was found, for reports.
     features: Vec<String>,
 }
 
@@ -36,13 +29,9 @@ impl Driver {
     /// # Errors
     /// What is missing, or which setting allows a way through host memory.
     pub(super) fn open() -> Result<Self> {
-        let mut open = OPEN.lock();
-        let open = match &mut *open {
-            Some(open) => open,
-            none => none.insert(start()?),
-        };
-        open.users += 1;
-        Ok(Self { api: Arc::clone(&open.api), features: open.features.clone() })
+        let _opening = OPENING.lock();
+        let api = start()?;
+        Ok(Self { features: features(&api)?, api })
     }
 
     pub(super) fn api(&self) -> &Api {
@@ -54,24 +43,8 @@ impl Driver {
     }
 }
 
-impl Drop for Driver {
-    fn drop(&mut self) {
-        let mut open = OPEN.lock();
-        let Some(last) = open.as_mut() else { return };
-        last.users -= 1;
-        if last.users > 0 {
-            return;
-        }
-        if !last.borrowed {
-            // SAFETY: opened by `start`, and nobody uses it any more. A refusal leaves it open, which is harmless.
-            let _ = unsafe { (last.api.functions.driver_close)() };
-        }
-        *open = None;
-    }
-}
-
 /// Opens cuFile with every way through host memory forbidden.
-fn start() -> Result<Open> {
+fn start() -> Result<Api> {
     let api = Api::load()?;
     if let Some(set) = api.functions.set_bool {
         for parameter in INDIRECT_PARAMETERS {
@@ -83,16 +56,10 @@ fn start() -> Result<Open> {
     // Its threads take no signals of the program.
     // SAFETY: no arguments; the lock keeps others of this library from it.
     let status = quietly(|| unsafe { (api.functions.driver_open)() });
-    let borrowed = status.code == DRIVER_ALREADY_OPEN;
-    if !borrowed {
+    if status.code != DRIVER_ALREADY_OPEN {
         api.check("cuFileDriverOpen", status)?;
     }
-    let found = features(&api);
-    if found.is_err() && !borrowed {
-        // SAFETY: opened just now.
-        let _ = unsafe { (api.functions.driver_close)() };
-    }
-    Ok(Open { features: found?, api: Arc::new(api), users: 0, borrowed })
+    Ok(api)
 }
 
 /// What runs; an error where bytes could go through host memory.

@@ -100,9 +100,14 @@ impl CuFake {
         call!(self, b"ucm_cufile_of_others", fn(c_int), i32::from(on));
     }
 
-    /// Opens, registered files, registered buffers.
-    pub fn live(&self) -> [i64; 3] {
-        [c"opens", c"files", c"buffers"]
+    /// Whether cuFile is open, as it then is until the process ends.
+    pub fn is_open(&self) -> bool {
+        call!(self, b"ucm_cufile_live", fn(*const c_char) -> c_long, c"opens".as_ptr()) == 1
+    }
+
+    /// Registered files, registered buffers.
+    pub fn live(&self) -> [i64; 2] {
+        [c"files", c"buffers"]
             .map(|what| call!(self, b"ucm_cufile_live", fn(*const c_char) -> c_long, what.as_ptr()))
     }
 }
