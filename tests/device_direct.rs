@@ -357,7 +357,7 @@ fn each_call_of_cufile_fails_once() {
                 break;
             };
             failures += 1;
-            // Settings of ways that this version does not have are refused as well.
+            // A setting that could not be made shows in the properties where it matters.
             if call != "cuFileSetParameterBool" || result.is_err() {
                 let text = result.expect_err(&call).to_string();
                 let told = ["cuFile", "cufile", "drive"].iter().any(|word| text.contains(word));
@@ -485,6 +485,24 @@ fn compatibility_mode_is_refused() {
     let store = world.open().unwrap();
     drop(store);
     world.assert_no_leak();
+}
+
+/// Goal: ways through host memory are forbidden under the numbers that the version's own header has, and no number is
+/// used that it lacks; where it has a way but no number to forbid it, cufile.json must.
+#[test]
+fn settings_were_made_that_the_version_does_not_have() {
+    for (version, allowed) in
+        [(1140, None), (1160, None), (1170, Some("posix_io_mode")), (1190, None)]
+    {
+        let world = World::new();
+        world.cufile.version(version);
+        match (world.open(), allowed) {
+            (Ok(store), None) => save_block(&world, &store, 1).unwrap(),
+            (Err(error), Some(name)) => assert!(error.to_string().contains(name), "{error}"),
+            (other, _) => panic!("{version}: {:?}", other.err()),
+        }
+        world.assert_no_leak();
+    }
 }
 
 /// Goal: an open that failed leaves no setting behind that the next one would miss.

@@ -24,10 +24,12 @@
 #define PAGE 4096
 #define FILES_MAX 1024
 #define BUFFERS_MAX 64
+/* Numbers of the headers of 1.14 and, from 1.19 on, of later ones. */
+#define PARAMETERS_FIRST 12
 #define PARAMETERS 14
 #define HANDLE_MAGIC 0x63756669u
 
-enum { OK = 0, NOT_INITIALIZED = 5001, NOT_SUPPORTED = 5008, CUDA_ERROR = 5011, INVALID_VALUE = 5022, IS_OPEN = 5026 };
+enum { OK = 0, NOT_INITIALIZED = 5001, NOT_SUPPORTED = 5008, CUDA_ERROR = 5011, IS_OPEN = 5026 };
 enum { ALLOW_COMPAT = 1, FORCE_COMPAT = 2, POSIX_IO = 12, FALLBACK_IO = 13 };
 
 typedef struct {
@@ -69,9 +71,15 @@ static int opened, compat_of_others;
 static bool staged[PARAMETERS] = {[ALLOW_COMPAT] = true};
 static bool current[PARAMETERS];
 
+#define VERSION_FIRST 1140
+#define VERSION_FLAGS 1170
+#define VERSION_PARAMETERS 1190
+static int version = VERSION_FIRST;
+
 static void stage_defaults(void) {
     memset(staged, 0, sizeof staged);
     staged[ALLOW_COMPAT] = true;
+    staged[POSIX_IO] = staged[FALLBACK_IO] = version >= VERSION_FLAGS;
 }
 
 /* ---- what a test can say and ask ---- */
@@ -162,9 +170,18 @@ API long ucm_cufile_live(const char *what) {
     return live;
 }
 
+/* Another version, with a cufile.json that allows all of its ways through host memory. */
+API void ucm_cufile_version(int number) {
+    pthread_mutex_lock(&lock);
+    version = number;
+    stage_defaults();
+    pthread_mutex_unlock(&lock);
+}
+
 /* As in a new process, where nobody has opened cuFile. */
 API void ucm_cufile_reset(void) {
     pthread_mutex_lock(&lock);
+    version = VERSION_FIRST;
     opened = compat_of_others = 0;
     memset(current, 0, sizeof current);
     stage_defaults();
@@ -245,8 +262,8 @@ static void must_have_context(const char *call) {
 
 /* ---- opening ---- */
 
-API CUfileError_t cuFileGetVersion(int *version) {
-    *version = 1140;
+API CUfileError_t cuFileGetVersion(int *number) {
+    *number = version;
     return status(OK);
 }
 
@@ -259,8 +276,8 @@ API CUfileError_t cuFileSetParameterBool(int parameter, bool value) {
     if (opened) {
         return status(IS_OPEN);
     }
-    if (parameter < 0 || parameter >= PARAMETERS) {
-        return status(INVALID_VALUE);
+    if (parameter < 0 || parameter >= (version < VERSION_PARAMETERS ? PARAMETERS_FIRST : PARAMETERS)) {
+        misuse("cuFileSetParameterBool", "version %d has no parameter %d", version, parameter);
     }
     staged[parameter] = value;
     return status(OK);

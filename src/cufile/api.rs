@@ -49,16 +49,43 @@ pub(super) struct Properties {
 const _: () = assert!(size_of::<Description>() == 24);
 const _: () = assert!(std::mem::offset_of!(Properties, control_flags) == 28);
 
-/// Bits of `control_flags` that stand for ways through host memory.
-pub(super) const INDIRECT_FLAGS: &[(c_uint, &str)] = &[
-    (1 << 1, "properties.allow_compat_mode"),
-    (1 << 2, "properties.posix_io_mode"),
-    (1 << 4, "properties.gds_fallback_io"),
+/// A setting of ways through host memory, under the number that it has in the header of the library.
+pub(super) struct Setting {
+    /// First version whose header has it, as [`Api::version`] tells versions. What a number means to an older
+    /// library nobody has said, so there it is neither set nor looked at.
+    pub(super) since: c_int,
+    pub(super) number: u32,
+    pub(super) name: &'static str,
+}
+
+const fn setting(since: c_int, number: u32, name: &'static str) -> Setting {
+    Setting { since, number, name }
+}
+
+/// Bits of `control_flags` (`CUfileDriverControlFlags_t`). Looked up in `cufile.h` of the packages nvidia-cufile-cu12
+/// 1.14 and nvidia-cufile 1.15 to 1.20: the header ends with bit 1 before 1.17.
+pub(super) const INDIRECT_FLAGS: &[Setting] = &[
+    setting(0, 1, "properties.allow_compat_mode"),
+    setting(1170, 2, "properties.posix_io_mode (vanilla_posix_io_mode from 1.19 on)"),
+    setting(1170, 4, "properties.gds_fallback_io"),
 ];
 
-/// Parameters (`CUFileBoolConfigParameter_t`) that allow ways through host memory; a library that does not know
-/// one does not have that way.
-pub(super) const INDIRECT_PARAMETERS: &[c_int] = &[1, 2, 12, 13];
+/// Parameters (`CUFileBoolConfigParameter_t`) that allow those ways. From the same headers: the enumeration ends with
+/// number 11 before 1.19.
+pub(super) const INDIRECT_PARAMETERS: &[Setting] = &[
+    setting(0, 1, "CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE"),
+    setting(0, 2, "CUFILE_PARAM_FORCE_COMPAT_MODE"),
+    setting(1190, 12, "CUFILE_PARAM_PROPERTIES_POSIX_IO_MODE"),
+    setting(1190, 13, "CUFILE_PARAM_GDS_FALLBACK_IO"),
+];
+
+/// Those that a version has.
+pub(super) fn known(
+    settings: &'static [Setting],
+    version: c_int,
+) -> impl Iterator<Item = &'static Setting> {
+    settings.iter().filter(move |setting| setting.since <= version)
+}
 
 pub(super) const SUCCESS: c_int = 0;
 pub(super) const CUDA_DRIVER_ERROR: c_int = 5011;
@@ -95,6 +122,8 @@ pub(super) struct Api {
     pub(super) functions: Functions,
     /// The file, and the version that it tells.
     pub(super) name: String,
+    /// 1140 for 1.14; 0 where the library does not tell.
+    pub(super) version: c_int,
 }
 
 impl Api {
@@ -102,9 +131,13 @@ impl Api {
     pub(super) fn load() -> Result<Self> {
         let library = Library::open(&SOURCE)?;
         let version = version(&library);
-        let name = format!("{} {version}", library.path());
+        let told = match version {
+            0 => "of unknown version".into(),
+            version => format!("{}.{}", version / 1000, version % 1000 / 10),
+        };
+        let name = format!("{} {told}", library.path());
         let find =
-            |symbol: &str| library.find(symbol).ok_or_else(|| library.missing(symbol, &version));
+            |symbol: &str| library.find(symbol).ok_or_else(|| library.missing(symbol, &told));
         use std::mem::transmute as typed;
         // SAFETY: each symbol is given the type under which the library's header declares it, the same in all
         // versions; the addresses are not null.
@@ -129,7 +162,7 @@ impl Api {
                     .map(|address| typed::<*mut c_void, SetBool>(address)),
             }
         };
-        Ok(Self { functions, name })
+        Ok(Self { functions, name, version })
     }
 
     /// Turns a status into a result.
@@ -146,11 +179,9 @@ impl Api {
     }
 }
 
-/// `1.14`, or what there is to say.
-fn version(library: &Library) -> String {
-    let Some(address) = library.find("cuFileGetVersion") else {
-        return "of unknown version".into();
-    };
+/// 1000 for each major and 10 for each minor version; 0 where the library does not tell.
+fn version(library: &Library) -> c_int {
+    let Some(address) = library.find("cuFileGetVersion") else { return 0 };
     // SAFETY: the symbol has this signature in all versions that have it.
     let get = unsafe {
         std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_int) -> Status>(address)
@@ -158,8 +189,8 @@ fn version(library: &Library) -> String {
     let mut version = 0;
     // SAFETY: `version` is a valid place; the call works before the driver is open.
     match unsafe { get(&mut version) }.code {
-        SUCCESS => format!("{}.{}", version / 1000, version % 1000 / 10),
-        _ => "of unknown version".into(),
+        SUCCESS => version,
+        _ => 0,
     }
 }
 

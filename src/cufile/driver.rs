@@ -6,11 +6,13 @@
 //! Nobody here closes it. An open is not counted: who finds cuFile open (KvikIO, PyTorch, another store) uses it too,
 //! and a close would take it from all of them. It ends with the process.
 
-use std::ffi::c_uint;
+use std::ffi::{c_int, c_uint};
 
 use parking_lot::Mutex;
 
-use super::api::{Api, DRIVER_ALREADY_OPEN, INDIRECT_FLAGS, INDIRECT_PARAMETERS, Properties};
+use super::api::{
+    Api, DRIVER_ALREADY_OPEN, INDIRECT_FLAGS, INDIRECT_PARAMETERS, Properties, known,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::thread::quietly;
 
@@ -47,10 +49,10 @@ impl Driver {
 fn start() -> Result<Api> {
     let api = Api::load()?;
     if let Some(set) = api.functions.set_bool {
-        for parameter in INDIRECT_PARAMETERS {
-            // SAFETY: any parameter may be named. What this version does not know it refuses, and what could
-            // not be set because cuFile is open already shows in the properties below.
-            let _ = unsafe { set(*parameter, false) };
+        for parameter in known(INDIRECT_PARAMETERS, api.version) {
+            // SAFETY: this version has the parameter. What could not be set, because cuFile is open already, shows
+            // in the properties.
+            let _ = unsafe { set(parameter.number as c_int, false) };
         }
     }
     // Its threads take no signals of the program.
@@ -68,7 +70,7 @@ fn features(api: &Api) -> Result<Vec<String>> {
     // SAFETY: the place is larger than the structure of any version so far.
     let status = unsafe { (api.functions.properties)(&mut properties) };
     api.check("cuFileDriverGetProperties", status)?;
-    if let Some(setting) = indirect(properties.control_flags) {
+    if let Some(setting) = indirect(properties.control_flags, api.version) {
         let text = format!(
             "{} is open in this process with {setting}, so bytes may go through host memory; set it to false in \
              /etc/cufile.json (or the file that CUFILE_ENV_PATH_JSON names)",
@@ -83,20 +85,25 @@ fn features(api: &Api) -> Result<Vec<String>> {
     Ok(vec![api.name.clone(), module, "compatibility mode forbidden".into()])
 }
 
-fn indirect(flags: c_uint) -> Option<&'static str> {
-    INDIRECT_FLAGS.iter().find(|(bit, _)| flags & bit != 0).map(|(_, setting)| *setting)
+fn indirect(flags: c_uint, version: c_int) -> Option<&'static str> {
+    known(INDIRECT_FLAGS, version)
+        .find(|flag| flags & (1 << flag.number) != 0)
+        .map(|flag| flag.name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Goal: each way through host memory is recognised by its bit, and polling is none.
+    /// Goal: each way through host memory is recognised by its bit, where the version's header has that bit; polling
+    /// is none.
     #[test]
     fn ways_through_host_memory_are_recognised() {
-        assert_eq!(indirect(0b1), None);
-        assert_eq!(indirect(0b10), Some("properties.allow_compat_mode"));
-        assert_eq!(indirect(0b100), Some("properties.posix_io_mode"));
-        assert_eq!(indirect(0b10001), Some("properties.gds_fallback_io"));
+        let found = |flags, version| indirect(flags, version).unwrap_or("none");
+        assert_eq!(found(0b1, 1200), "none");
+        assert_eq!(found(0b10, 0), "properties.allow_compat_mode");
+        assert!(found(0b100, 1170).contains("posix_io_mode"));
+        assert_eq!(found(0b10001, 1170), "properties.gds_fallback_io");
+        assert_eq!(found(0b10101, 1160), "none");
     }
 }

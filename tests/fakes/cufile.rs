@@ -100,6 +100,11 @@ impl CuFake {
         call!(self, b"ucm_cufile_of_others", fn(c_int), i32::from(on));
     }
 
+    /// Another version (1200 is 1.20), with a `cufile.json` that allows all its ways through host memory.
+    pub fn version(&self, number: i32) {
+        call!(self, b"ucm_cufile_version", fn(c_int), number);
+    }
+
     /// Whether cuFile is open, as it then is until the process ends.
     pub fn is_open(&self) -> bool {
         call!(self, b"ucm_cufile_live", fn(*const c_char) -> c_long, c"opens".as_ptr()) == 1
