@@ -403,7 +403,7 @@ type Refusal = (&'static str, fn(&World), &'static [&'static str]);
 /// says so in the statistics and works, and `off` does not even look.
 #[test]
 fn what_is_missing_is_told() {
-    let refusals: [Refusal; 5] = [
+    let refusals: [Refusal; 7] = [
         (
             "library",
             |_| set_library("/nonexistent/libcufile.so.0"),
@@ -417,6 +417,8 @@ fn what_is_missing_is_told() {
         ("file system", |w| w.cufile.unsupported(true), &["1.14", "does not work on", "gdscheck"]),
         ("pinning", |w| w.cufile.fail_call("cuFileBufRegister", 1, 5036), &["pinned", "BAR1"]),
         ("transfer", |w| w.cufile.lie(true), &["did not bring back"]),
+        ("checksums", |w| w.fake.falsify(1), &["checksum of 241 bytes", "driver"]),
+        ("long checksums", |w| w.fake.falsify(10_000), &["checksum of 33000 bytes"]),
     ];
     for (what, refuse, words) in refusals {
         let world = World::new();

@@ -18,6 +18,7 @@ int stub_dead_status;
 static char named[64], failed[64];
 unsigned stub_delay_micros;
 int stub_held;
+size_t stub_falsified;
 
 #define NAMES_MAX 128
 static struct {
@@ -129,6 +130,10 @@ void ucm_stub_delay(unsigned micros) {
     stub_delay_micros = micros;
 }
 
+void ucm_stub_falsify(size_t bytes) {
+    stub_falsified = bytes;
+}
+
 void ucm_stub_hold(int hold) {
     pthread_mutex_lock(&stub_lock);
     stub_held = hold;
@@ -142,6 +147,7 @@ void ucm_stub_reset(void) {
     failed[0] = 0;
     stub_delay_micros = 0;
     stub_held = HOLD_NOTHING;
+    stub_falsified = 0;
     stub_dead_status = 0;
     memset(counts, 0, sizeof counts);
     stub_forget_fills();

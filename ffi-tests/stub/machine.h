@@ -125,6 +125,9 @@ STUB_EXPORT void ucm_stub_event_destroy(void *event);
 /* Streams stop before the next transfer, or only before the next hash, until nothing is held. */
 enum { HOLD_NOTHING, HOLD_ALL, HOLD_HASHES };
 STUB_EXPORT void ucm_stub_hold(int hold);
+/* Hashes of so many bytes and more are wrong; 0: none (CUDA only). */
+extern size_t stub_falsified;
+STUB_EXPORT void ucm_stub_falsify(size_t bytes);
 /* Streams that are stopped by that. */
 STUB_EXPORT int ucm_stub_stopped(void);
 

@@ -8,16 +8,25 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use twox_hash::xxhash3_64::Hasher;
+
 use super::open::{Ground, Pinned, check_slots, open_backends, slot_count};
 use super::slots::Slots;
 use crate::block::PAGE;
 use crate::config::{Config, DirectIo, Facility, IoEngine, Storage};
 use crate::cufile::{self, CuFile};
-use crate::device::Device;
+use crate::device::{Device, DeviceStaging, HASH_BYTES_MIN, HashRun};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::report::Fallback;
 use crate::mem::arena::{Arena, ArenaRequest};
 use crate::mem::numa;
+
+/// Lengths of which checksums are tried: the least that devices compute; a little more than a block of XXH3, of 1024
+/// bytes; whole blocks; and many of them with a rest.
+const HASHES_TRIED: [usize; 4] = [HASH_BYTES_MIN as usize, 1025, 4096, 33_000];
+
+/// Multiplied for the seeds, of which the first is 0: bits in both halves.
+const SEED_TRIED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// What a store that asks for the direct path gets.
 pub(super) enum Answer {
@@ -85,6 +94,7 @@ fn ground(config: &Config, device: &Arc<dyn Device>) -> Result<Ground> {
     // The memory for trials lies behind the slots, so that no transfer reaches from a slot into what follows.
     let memory = device.staging(payloads + cufile::trial_bytes(directories))?;
     let pinned = Pinned::new(Arc::clone(device), memory.base());
+    try_hashes(&*memory)?;
     let trailers = Arena::open(&ArenaRequest {
         // A page more, so that neither ends where device memory begins: such neighbours would be taken for one.
         bytes: (slots + 1) * PAGE,
@@ -101,6 +111,38 @@ fn ground(config: &Config, device: &Arc<dyn Device>) -> Result<Ground> {
         pinned: Some(pinned),
         left: config.timeout.saturating_sub(probing.elapsed()),
     })
+}
+
+/// Has the device compute checksums of a pattern, where the slots will be, and compares them with the CPU's. A driver
+/// that translates the kernel wrongly would call good parts corrupt, and each would be taken out of the index.
+fn try_hashes(memory: &dyn DeviceStaging) -> Result<()> {
+    let room = |bytes: &usize| bytes + 8 * HASHES_TRIED.len() <= memory.bytes();
+    let tried: Vec<usize> = HASHES_TRIED.into_iter().filter(room).collect();
+    let runs: Vec<HashRun> = tried
+        .iter()
+        .enumerate()
+        .map(|(index, &bytes)| HashRun {
+            offset: 8 * index,
+            bytes: bytes as u64,
+            seed: SEED_TRIED.wrapping_mul(index as u64),
+        })
+        .collect();
+    let longest = tried.iter().max().map_or(0, |bytes| bytes + 8 * tried.len());
+    let pattern: Vec<u8> = (0..longest).map(|at| (at % 251 + at / 251) as u8).collect();
+    memory.write(0, &pattern)?;
+    let sums = memory.hash(&runs)?;
+    for (run, sum) in runs.iter().zip(sums) {
+        let bytes = &pattern[run.offset..][..run.bytes as usize];
+        if sum != Hasher::oneshot_with_seed(run.seed, bytes) {
+            let text = format!(
+                "the device computes a wrong checksum of {} bytes: its driver translates the kernel wrongly, or \
+                 the device is broken; use another driver version, and run the vendor's memory test",
+                run.bytes
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+    }
+    Ok(())
 }
 
 /// What keeps cuFile from working is no failure of the device.

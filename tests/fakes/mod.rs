@@ -242,6 +242,11 @@ impl Fake {
         call!(self, b"ucm_stub_hold", fn(c_int), i32::from(hold));
     }
 
+    /// The device computes wrong hashes of so many bytes and more; 0: none (CUDA only).
+    pub fn falsify(&self, bytes: usize) {
+        call!(self, b"ucm_stub_falsify", fn(usize), bytes);
+    }
+
     /// Streams that are held now.
     pub fn stopped(&self) -> i32 {
         call!(self, b"ucm_stub_stopped", fn() -> c_int,)
