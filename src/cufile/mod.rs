@@ -20,6 +20,7 @@ use crate::block::PAGE;
 use crate::device::DeviceStaging;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::carrier::{Carrier, SystemCalls};
+use crate::io::thread::Stack;
 use crate::io::{DmaSlice, File, FileId, Operation};
 use api::{CUDA_DRIVER_ERROR, MEMORY_NOT_REGISTERED};
 use driver::Driver;
@@ -204,6 +205,10 @@ impl Drop for Registration {
 impl Carrier for CuFile {
     fn name(&self) -> &'static str {
         "cufile"
+    }
+
+    fn stack(&self) -> Stack {
+        Stack::Vendor
     }
 
     fn features(&self) -> Vec<String> {

@@ -19,6 +19,7 @@ use super::pool::{Job, Pool};
 use super::probe::{self, Findings};
 use super::reactor::{Drained, Reactor, ReactorConfig};
 use super::report::{Counters, Fallback, Report, tell_once};
+use super::thread::Stack;
 use super::{DirectIo, DmaSlice, Files, IoEngine, Request};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -87,7 +88,9 @@ impl Backend {
         let directory = &std::path::absolute(directory)
             .map_err(|error| Error::io("find the current directory", Some(directory), &error))?;
         let files = OsFiles::new();
-        let pool = Pool::new("ucm-path");
+        // It tries the carrier out.
+        let stack = config.carrier.as_ref().map_or(Stack::Engine, |carrier| carrier.stack());
+        let pool = Pool::new("ucm-path", stack);
         files.close_on(pool.clone());
         let (sender, receiver) = sync_channel(1);
         let probing = (directory.to_path_buf(), config.clone(), Arc::clone(&files));
@@ -133,7 +136,7 @@ impl Backend {
             engines: io,
             fallbacks: Vec::new(),
         };
-        Self::assemble(directory, files, findings, config, Pool::new("ucm-path"))
+        Self::assemble(directory, files, findings, config, Pool::new("ucm-path", Stack::Engine))
             .expect("threads can be started")
     }
 

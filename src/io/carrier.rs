@@ -4,6 +4,7 @@
 use std::fmt::Debug;
 
 use super::files::transfer_once;
+use super::thread::Stack;
 use super::{DmaSlice, File, FileId, Operation};
 use crate::error::{ErrorKind, Result};
 
@@ -14,6 +15,11 @@ pub const OWN_CODES: i32 = 4096;
 pub trait Carrier: Debug + Send + Sync {
     /// Name of the engine, for reports.
     fn name(&self) -> &'static str;
+
+    /// The stack that threads need which call it, or let go of it.
+    fn stack(&self) -> Stack {
+        Stack::Engine
+    }
 
     /// What it found, for reports.
     fn features(&self) -> Vec<String> {

@@ -9,11 +9,19 @@ use parking_lot::Mutex;
 
 use super::carrier::Carrier;
 use super::engine::Io;
+use super::pool::Pool;
 use super::psync::Psync;
+use super::thread::Stack;
 use super::{DmaSlice, FileId, Operation};
 
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// As deep as a vendor's library may be.
+fn use_stack() {
+    let mut deep = [1u8; 1 << 20];
+    std::hint::black_box(&mut deep);
+}
 
 /// Forgets files when it is told to, and tells which thread did.
 #[derive(Debug)]
@@ -27,7 +35,12 @@ impl Carrier for Slow {
         "slow"
     }
 
+    fn stack(&self) -> Stack {
+        Stack::Vendor
+    }
+
     fn forget(&self, file: FileId) {
+        use_stack();
         let _ = self.go.lock().recv_timeout(PATIENCE);
         let _ = self.forgotten.send((file, std::thread::current().id()));
     }
@@ -61,4 +74,23 @@ fn forgetting_a_file_held_up_the_reactor() {
         assert_eq!(which, file);
         assert_ne!(thread, std::thread::current().id());
     }
+}
+
+/// Threads that call a vendor's library once had 512 KiB of stack, which it may overrun: that ends the process.
+#[test]
+fn a_library_overran_the_small_stack() {
+    let (go, gone) = channel();
+    let (sender, forgotten) = channel();
+    let mut io = Psync::carried_by(Arc::new(Slow { go: Mutex::new(gone), forgotten: sender }), 1);
+    assert_eq!(io.stack(), Stack::Vendor, "the reactor lets go of the carrier");
+    io.forget_file(FileId(1));
+    go.send(()).unwrap();
+    forgotten.recv_timeout(PATIENCE).unwrap();
+    let (done, ended) = channel();
+    let job = Box::new(move || {
+        use_stack();
+        done.send(()).unwrap();
+    });
+    Pool::new("ucm-test", Stack::Vendor).run(job).unwrap();
+    ended.recv_timeout(PATIENCE).unwrap();
 }

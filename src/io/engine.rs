@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::thread::Stack;
 use super::{Class, CloseWatcher, DmaSlice, File, FileId, Operation};
 use crate::error::Result;
 
@@ -80,6 +81,11 @@ pub trait Io: Send {
 
     /// Operations that may be in flight; the reactor never pushes more.
     fn depth(&self) -> u32;
+
+    /// The stack that the thread needs which calls it.
+    fn stack(&self) -> Stack {
+        Stack::Engine
+    }
 
     /// For other threads.
     fn waker(&self) -> Arc<dyn Wake>;

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::thread;
+use super::thread::{self, Stack};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Threads of one pool. Path calls mostly wait for a server; four keep a manifest tail of many writers
@@ -34,6 +34,7 @@ pub struct Pool(Arc<Inner>);
 struct Inner {
     name: String,
     threads_max: usize,
+    stack: Stack,
     state: Mutex<State>,
     work: Condvar,
 }
@@ -49,14 +50,19 @@ struct State {
 
 impl Pool {
     /// A pool without threads yet.
-    pub fn new(name: &str) -> Self {
-        Self::with_threads(name, THREADS_MAX)
+    pub fn new(name: &str, stack: Stack) -> Self {
+        Self::with_threads(name, stack, THREADS_MAX)
     }
 
     /// As [`Pool::new`], with another bound.
-    pub fn with_threads(name: &str, threads_max: usize) -> Self {
-        let inner =
-            Inner { name: name.into(), threads_max, state: Mutex::default(), work: Condvar::new() };
+    pub fn with_threads(name: &str, stack: Stack, threads_max: usize) -> Self {
+        let inner = Inner {
+            name: name.into(),
+            threads_max,
+            stack,
+            state: Mutex::default(),
+            work: Condvar::new(),
+        };
         Self(Arc::new(inner))
     }
 
@@ -86,7 +92,7 @@ impl Pool {
     /// Called with the state locked, so that on failure the last job is still the caller's.
     fn add_thread(&self, state: &mut State) -> Result<()> {
         let inner = Arc::clone(&self.0);
-        match thread::spawn(&self.0.name, move || inner.work()) {
+        match thread::spawn(&self.0.name, self.0.stack, move || inner.work()) {
             Ok(_) => state.threads += 1,
             Err(_) if state.threads > 0 => (), // The others will come to it.
             Err(error) => {
@@ -147,7 +153,7 @@ mod tests {
     /// Goal: many jobs share a few threads, all run, and none is lost when some panic.
     #[test]
     fn every_job_runs_once_on_few_threads() {
-        let pool = Pool::new("ucm-test");
+        let pool = Pool::new("ucm-test", Stack::Engine);
         let (sender, receiver) = mpsc::channel();
         for number in 0..500u32 {
             let sender = sender.clone();
@@ -167,7 +173,7 @@ mod tests {
     /// Goal: with all threads stuck the queue fills to its limit and the next job gets Busy, at once.
     #[test]
     fn a_hung_file_system_ends_in_busy() {
-        let pool = Pool::with_threads("ucm-test", 1);
+        let pool = Pool::with_threads("ucm-test", Stack::Engine, 1);
         let (release, stuck) = mpsc::channel::<()>();
         pool.run(Box::new(move || _ = stuck.recv())).unwrap();
         let mut accepted = 0;

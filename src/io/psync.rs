@@ -127,7 +127,7 @@ impl Psync {
         let room = self.shared.threads_max - jobs.threads;
         for _ in 0..waiting.saturating_sub(jobs.idle).min(room) {
             let shared = Arc::clone(&self.shared);
-            match thread::spawn("ucm-psync", move || shared.work()) {
+            match thread::spawn("ucm-psync", self.carrier.stack(), move || shared.work()) {
                 Ok(_) => jobs.threads += 1,
                 Err(_) => return jobs.threads > 0, // Those that run will come to it.
             }
@@ -149,6 +149,10 @@ impl Io for Psync {
 
     fn depth(&self) -> u32 {
         self.depth
+    }
+
+    fn stack(&self) -> thread::Stack {
+        self.carrier.stack()
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

@@ -81,8 +81,8 @@ impl Reactor {
             io,
         };
         let (report, started) = mpsc::sync_channel(1);
-        let cpu = config.cpu;
-        thread::spawn(&config.name, move || {
+        let (cpu, stack) = (config.cpu, owned.io.stack());
+        thread::spawn(&config.name, stack, move || {
             thread::mark_reactor();
             let start = cpu.map_or(Ok(()), thread::pin).and_then(|()| owned.io.start());
             let good = start.is_ok();

@@ -6,9 +6,24 @@ use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Stack of an I/O thread. They call shallow code and `done` callbacks; 512 KiB of address space is ample
-/// and only touched pages cost memory.
-const STACK_BYTES: usize = 512 << 10;
+/// What an I/O thread calls, which decides how large its stack is. Only touched pages cost memory, but a stack of 2 MiB
+/// may be given one huge page, so that none is larger than it must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stack {
+    /// Shallow code of the engine and `done` callbacks: 512 KiB are ample.
+    Engine,
+    /// A vendor's library as well, which was written for what `std` and most programs give their threads: 2 MiB.
+    Vendor,
+}
+
+impl Stack {
+    fn bytes(self) -> usize {
+        match self {
+            Stack::Engine => 512 << 10,
+            Stack::Vendor => 2 << 20,
+        }
+    }
+}
 
 thread_local! {
     static IS_REACTOR: Cell<bool> = const { Cell::new(false) };
@@ -81,8 +96,12 @@ pub fn after_batch(job: impl FnOnce() + 'static) {
 }
 
 /// Starts a thread called `name` (the kernel keeps 15 bytes of it) with all signals blocked.
-pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    let builder = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES);
+pub fn spawn(
+    name: &str,
+    stack: Stack,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let builder = std::thread::Builder::new().name(name.into()).stack_size(stack.bytes());
     quietly(|| builder.spawn(body)).map_err(|error| {
         Error::new(
             ErrorKind::OutOfMemory,
