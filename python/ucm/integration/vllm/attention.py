@@ -39,16 +39,35 @@ def named_backend(vllm_config: Any) -> str:
 def cuda_attention(vllm_config: Any, block_tokens: int) -> Attention:
     """What vLLM runs, or will run, with this configuration."""
     from vllm.config import set_current_vllm_config
-    from vllm.v1.attention.backends.utils import get_kv_cache_layout
 
     # Both questions are answered from the current configuration, which only the worker's processes have.
     with set_current_vllm_config(vllm_config):
         backend = _chosen_backend(vllm_config)
-        required = getattr(backend, "get_required_kv_cache_layout", lambda: None)()
-        layout = required or get_kv_cache_layout()
+        layout = _rows(_layout_name(vllm_config, backend))
         tokens = _kernel_tokens(backend, block_tokens) if backend is not None else 0
     name = named_backend(vllm_config) or ("" if backend is None else str(backend.get_name()).upper())
-    return Attention(name, str(layout), tokens)
+    return Attention(name, layout, tokens)
+
+
+def _layout_name(vllm_config: Any, backend: Any) -> str:
+    """vLLM's name of the order of dimensions: ``NHD``, ``HND``, or in newer versions (0.32) one like ``LBHNC``."""
+    from vllm.v1.attention.backends import utils
+
+    if hasattr(utils, "get_kv_cache_layout"):
+        required = getattr(backend, "get_required_kv_cache_layout", lambda: None)()
+        return str(required or utils.get_kv_cache_layout())
+    resolved = vllm_config.cache_config.kv_cache_layout or os.environ.get("VLLM_KV_CACHE_LAYOUT")
+    if resolved:
+        return str(resolved)
+    # Not resolved yet, as in the process of the HTTP server, which only shows it: what will be preferred.
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return str((getattr(backend, "supported_kv_cache_layouts", tuple)() or tuple(KVCacheLayout))[0].name)
+
+
+def _rows(layout: str) -> str:
+    """``NHD``: the heads of a token lie together; ``HND``: the tokens of a head."""
+    return "NHD" if layout.index("N") < layout.index("H") else "HND"
 
 
 def _chosen_backend(vllm_config: Any) -> Any:
