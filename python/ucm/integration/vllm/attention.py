@@ -50,7 +50,7 @@ def cuda_attention(vllm_config: Any, block_tokens: int) -> Attention:
 
 
 def _layout_name(vllm_config: Any, backend: Any) -> str:
-    """vLLM's name of the order of dimensions: ``NHD``, ``HND``, or in newer versions (0.32) one like ``LBHNC``."""
+    """vLLM's name of the order of dimensions: ``NHD``, ``HND``, or in 0.32 one like ``LBHNC``."""
     from vllm.v1.attention.backends import utils
 
     if hasattr(utils, "get_kv_cache_layout"):
