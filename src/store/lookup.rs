@@ -71,12 +71,14 @@ impl<'a> Dram<'a> {
     fn has(&self, block: &BlockId) -> bool {
         let geometry = &self.engine.config.geometry;
         let owned = geometry.part_index..geometry.part_index + geometry.parts_owned;
+        // Of a block of one part storage has said already that it is not there.
+        let storage = self.engine.tier.as_ref().filter(|_| geometry.part_count > 1);
         (0..geometry.part_count).all(|part| {
             let key = PartKey { block: *block, part: part as u16 };
             let mine = owned.contains(&part)
                 && self.own.as_ref().is_some_and(|parts| parts.is_resident(&key));
             mine || self.others.as_ref().is_some_and(|view| view.contains(&key))
-                || self.engine.tier.as_ref().is_some_and(|tier| tier.find(&key).is_some())
+                || storage.is_some_and(|tier| tier.find(&key).is_some())
         })
     }
 }
