@@ -114,6 +114,36 @@ def test_asyncio(tmp_path: Path) -> None:
     assert (copy == memory).all()
 
 
+def test_await_of_a_task_without_notify_ends(tmp_path: Path) -> None:
+    """``await store.save(...)`` hung for ever: nothing tells of the end of a task without ``notify``."""
+    memory, copy = pages(2), np.zeros((2, SLICES, SLICE), dtype=np.uint8)
+
+    async def work(store: ucm.Store) -> None:
+        ids = store.hash_tokens(range(2 * BLOCK_TOKENS), BLOCK_TOKENS)
+        await store.save(ids, table(memory))
+        await store.hold(ids)
+        await store.load(ids, table(copy))
+        await store.load(ids, table(copy), notify=True)
+        with pytest.raises(errors.NotFound):
+            await store.load([b"x" * 16] * 2, table(copy))
+
+    with ucm.Store(**options(tmp_path)) as store:
+        asyncio.run(asyncio.wait_for(work(store), 20))
+    assert (copy == memory).all()
+
+
+def test_await_ends_when_the_store_is_closed(tmp_path: Path) -> None:
+    """A task that is awaited without ``notify`` learns that its store is gone."""
+
+    async def work(store: ucm.Store) -> None:
+        task = store.load([b"x" * 16], table(np.zeros((1, SLICES, SLICE), np.uint8)))
+        store.close()
+        with pytest.raises(errors.UcmError):
+            await task
+
+    asyncio.run(asyncio.wait_for(work(ucm.Store(**options(tmp_path))), 20))
+
+
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     """A status becomes its exception, with the engine's sentence."""
     with pytest.raises(errors.InvalidConfig, match="storage_backends"):

@@ -28,6 +28,9 @@ BlockIds: TypeAlias = npt.NDArray[np.uint8]
 REAP_CAPACITY: Final = 64
 """Completions taken from the engine with one call."""
 
+AWAIT_POLL_SECONDS: Final = 0.001
+"""Between two looks at an awaited task whose end the completion fd does not tell of."""
+
 METRICS_BYTES: Final = 1 << 16
 """First guess of the length of the metrics text."""
 
@@ -125,11 +128,14 @@ class Task:
     It keeps the tensors it was given alive until it is dropped.
     """
 
-    __slots__ = ("_future", "_handle", "_keep", "_lib", "_store", "count", "last_stage", "user_data")
+    __slots__ = (
+        "_future", "_handle", "_keep", "_lib", "_store", "count", "last_stage", "notifies", "user_data",
+    )  # fmt: skip
 
     def __init__(
-        self, store: Store, handle: int, count: int, last_stage: Stage, user_data: int, keep: Any
-    ) -> None:
+        self, store: Store, handle: int, count: int, last_stage: Stage, user_data: int, keep: Any,
+        notifies: bool = False,
+    ) -> None:  # fmt: skip
         self._lib = _native.library()
         self._store = store
         self._handle: int | None = handle
@@ -138,6 +144,7 @@ class Task:
         self.count = count
         self.last_stage = last_stage
         self.user_data = user_data
+        self.notifies = notifies
 
     def poll(self, stage: Stage | None = None) -> Status:
         """OK, PENDING, or the first error; never raises for a failed entry."""
@@ -359,7 +366,7 @@ class Store:
         handle = C.c_void_p()
         check(call(self._handle, C.byref(batch), C.byref(handle)))
         assert handle.value is not None
-        return Task(self, handle.value, len(array), last_stage, ticket, keep)
+        return Task(self, handle.value, len(array), last_stage, ticket, keep, notify)
 
     def register(self, memory: Any) -> None:
         """Lets the engine copy straight from and to this tensor's memory."""
@@ -385,7 +392,17 @@ class Store:
         await self.wait_async(self.load(ids, addresses, notify=True, **how))
 
     async def wait_async(self, task: Task) -> None:
-        """Waits for the last stage of a task that was submitted with ``notify=True``."""
+        """Waits without a thread for the last stage of a task; ``await task`` is the same.
+
+        One that was submitted with ``notify=True`` wakes the loop; any other is looked at every
+        :data:`AWAIT_POLL_SECONDS`. Raises the first error.
+        """
+        if not task.notifies:  # the fd never tells of it
+            while (status := task.poll()) == Status.PENDING:
+                await asyncio.sleep(AWAIT_POLL_SECONDS)
+            if status != Status.OK:
+                raise error_for(status, task.error())
+            return
         loop = asyncio.get_running_loop()
         task._future = loop.create_future()
         self._awaited[task.user_data] = task
