@@ -48,8 +48,8 @@ EXTRAS = [
 @functools.cache
 def _config(model: str, arguments: str) -> Any:
     return EngineArgs(
-        model=model, max_model_len=4096, enforce_eager=True,
-        **{"dtype": "bfloat16", "block_size": BLOCK, **json.loads(arguments)},
+        model=model, enforce_eager=True,
+        **{"dtype": "bfloat16", "block_size": BLOCK, "max_model_len": 4096, **json.loads(arguments)},
     ).create_engine_config()  # fmt: skip
 
 
@@ -87,13 +87,46 @@ def test_equal_servers_share(model: str, tmp_path: Path) -> None:
         ),
         ({"pipeline_parallel_size": 2}, "pp"),
         ({"tensor_parallel_size": 2}, "tp"),
+        ({"load_format": "dummy"}, "weights"),
     ],
 )
 def test_what_decides_content(model: str, arguments: dict[str, Any], field: str) -> None:
     """One argument of vLLM changes the namespace, in the field that says so."""
     mine, other = namespace(vllm_config(model)), namespace(vllm_config(model, **arguments))
     assert mine.logical != other.logical
-    assert mine.fields[field] != other.fields[field]
+    assert mine.fields.get(field) != other.fields[field]
+
+
+def test_made_up_weights_are_not_those_of_the_files(model: str) -> None:
+    """``--load-format dummy`` shared with servers of the real weights; ``model_id`` stands for those too."""
+    real, dummy = vllm_config(model), vllm_config(model, load_format="dummy")
+    assert namespace(real, model_id="m").logical != namespace(dummy, model_id="m").logical
+
+
+def _long_rope_model(directory: Path) -> str:
+    path = make(directory)
+    config = json.loads((path / "config.json").read_text())
+    factors = [1.0] * (config["hidden_size"] // config["num_attention_heads"] // 2)
+    config["rope_scaling"] = {
+        "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
+        "original_max_position_embeddings": 2048,
+    }  # fmt: skip
+    config["original_max_position_embeddings"] = 2048
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_long_rope_differs_by_the_longest_sequence(model: str, tmp_path: Path) -> None:
+    """vLLM turns keys by other factors where ``--max-model-len`` is above the original length, and such
+    servers shared. On one side of it, and for other models, the length does not matter."""
+    long_rope = _long_rope_model(tmp_path / "long")
+    lengths = (1024, 2048, 2049, 4096)
+    found = [namespace(vllm_config(long_rope, max_model_len=n)) for n in lengths]
+    assert [one.fields["rope"] for one in found] == ["short", "short", "long", "long"]
+    assert found[0] == found[1] != found[2] == found[3]
+    others = [namespace(vllm_config(model, max_model_len=n)) for n in lengths]
+    assert others.count(others[0]) == len(lengths)
+    assert "rope" not in others[0].fields
 
 
 def test_other_weights(model: str, tmp_path: Path) -> None:

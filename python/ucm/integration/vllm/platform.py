@@ -100,6 +100,30 @@ def _model_field(vllm_config: Any, config: ConnectorConfig) -> str:
     return model_fingerprint(model_directory(model), name, _effective(model))
 
 
+def long_rope(model_config: Any, model_len_max: int) -> str:
+    """Which factors LongRoPE turns keys with, as vLLM chooses: once for a server, by the longest sequence
+    that it takes. Empty for other models, whose keys do not depend on that length."""
+    text = getattr(model_config, "hf_text_config", None) or model_config.hf_config
+    rope = _rope(text)
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # or one a layer type
+        if one.get("rope_type") in ("longrope", "su"):
+            original = one.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", 0
+            )
+            return "long" if model_len_max > int(original or 0) else "short"
+    return ""
+
+
+def _choices(vllm_config: Any) -> dict[str, str]:
+    """Fields that only some servers have: what flags choose that changes keys, with ``model_id`` too."""
+    model = vllm_config.model_config
+    fields = {"rope": long_rope(model, int(model.max_model_len))}
+    load_format = getattr(getattr(vllm_config, "load_config", None), "load_format", "")
+    if str(getattr(load_format, "value", load_format)) == "dummy":
+        fields["weights"] = "dummy"  # made up by vLLM: the files are not read
+    return {name: value for name, value in fields.items() if value}
+
+
 def _draft_field(vllm_config: Any) -> str:
     spec = getattr(vllm_config, "speculative_config", None)
     if spec is None:
@@ -109,7 +133,8 @@ def _draft_field(vllm_config: Any) -> str:
         return ""  # it keeps no KV of its own
     name = f"{draft.model}@{getattr(draft, 'revision', None) or ''}"
     digest = model_fingerprint(model_directory(draft), name, _effective(draft))
-    return f"{getattr(spec, 'method', 'draft')}:{digest}"
+    rope = long_rope(draft, int(vllm_config.model_config.max_model_len))
+    return f"{getattr(spec, 'method', 'draft')}:{digest}{rope and ':' + rope}"
 
 
 def refuse_unsafe(vllm_config: Any) -> None:
@@ -220,5 +245,6 @@ def find_namespace(vllm_config: Any, config: ConnectorConfig, block_tokens: int)
         "pp": str(parallel.pipeline_parallel_size),
         "draft": _draft_field(vllm_config),
         "extra": config.namespace_extra,
+        **_choices(vllm_config),
     }
     return Namespace(fields, order_name(find_platform(vllm_config, block_tokens)))
