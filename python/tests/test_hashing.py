@@ -84,6 +84,41 @@ def test_adapter_content_counts_not_its_name(tmp_path: Any) -> None:
     assert of("one") == of("two") != of("three")
 
 
+def test_files_replaced_under_a_loaded_adapter(tmp_path: Any) -> None:
+    """vLLM went on with the old weights, and their KV was stored as that of the new ones. Which of them it
+    has is known again when it is told to load them, or loads them under another number."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    file = tmp_path / "adapter_model.safetensors"
+    digests = AdapterDigests()
+
+    def of(number: int, **more: Any) -> bytes:
+        return digests.of(Object(lora_name="x", lora_int_id=number, lora_path=str(tmp_path), **more))
+
+    file.write_bytes(b"old")
+    old = of(1)
+    assert of(1) == old
+    file.write_bytes(b"newer")
+    new = AdapterDigests().of(Object(lora_name="x", lora_int_id=1, lora_path=str(tmp_path)))
+    unsure = [of(1), of(1)]
+    assert len({old, new, *unsure}) == 4
+    assert of(2) == new
+    assert of(1, load_inplace=True) == new
+    assert of(1) == new
+    file.write_bytes(b"old")
+    assert of(1, load_inplace=True) == old
+
+
+def test_files_that_are_gone_are_still_loaded(tmp_path: Any) -> None:
+    """An adapter whose directory is removed under the running server stays what vLLM has loaded."""
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "adapter_model.safetensors").write_bytes(b"weights")
+    digests, lora = AdapterDigests(), Object(lora_name="x", lora_int_id=1, lora_path=str(path))
+    before = digests.of(lora)
+    path.rename(tmp_path / "elsewhere")
+    assert digests.of(lora) == before
+
+
 def test_prompt_embeddings() -> None:
     """Embeddings stand for the tokens of their own block only."""
     torch = pytest.importorskip("torch")

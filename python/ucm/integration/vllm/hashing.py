@@ -15,7 +15,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 TAG_LORA: Final = 1
 """32 bytes: digest of the adapter's content."""
@@ -33,6 +33,9 @@ FILE_CHUNK_BYTES: Final = 1 << 20
 
 ADAPTER_FILES: Final = (".safetensors", ".bin", ".pt", ".json")
 
+_Files: TypeAlias = tuple[tuple[str, int, int], ...]
+"""Of each file its path, the time of its last change in nanoseconds, and its size in bytes."""
+
 logger = logging.getLogger("vllm.ucm.hashing")
 
 
@@ -45,27 +48,47 @@ class AdapterDigests:
     """Digests of LoRA adapters, read once for each state of their files."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], bytes] = {}
+        self._known: dict[_Files, bytes] = {}
+        self._loaded: dict[tuple[int, str], _Files | None] = {}
+        """Of each adapter of vLLM, by number and path, the files that it loaded. None: no telling which."""
 
     def of(self, lora: Any) -> bytes:
-        """32 bytes that stand for the adapter's content."""
-        path = self._resolve(str(lora.lora_path))
-        if path is None:
+        """32 bytes that stand for the adapter's content.
+
+        vLLM keeps an adapter that it has loaded, whatever becomes of its files, and reads them again when it
+        had to evict it, or where the request says ``load_inplace``. Which of the two it has is not known
+        here: once the files have changed otherwise, each request gets bytes of its own and shares nothing.
+        """
+        key = (int(getattr(lora, "lora_int_id", 0)), str(lora.lora_path))
+        path = self._resolve(key[1])
+        if path is None and key not in self._loaded:
             logger.warning(
                 "LoRA %s: its files at %s cannot be read here, so its name and path stand for its "
                 "content in block ids", lora.lora_name, lora.lora_path,
             )  # fmt: skip
             text = f"unread\0{lora.lora_name}\0{lora.lora_path}"
             return hashlib.sha256(text.encode()).digest()
-        files = sorted(
+        if path is not None:
+            self._observe(key, lora, path)
+        loaded = self._loaded[key]
+        return os.urandom(hashlib.sha256().digest_size) if loaded is None else self._known[loaded]
+
+    def _observe(self, key: tuple[int, str], lora: Any, path: str) -> None:
+        names = sorted(
             entry.path for entry in os.scandir(path)
             if entry.is_file() and entry.name.endswith(ADAPTER_FILES)
         )  # fmt: skip
-        state = tuple((name, os.stat(name).st_mtime_ns, os.stat(name).st_size) for name in files)
-        digest = self._known.get(state)
-        if digest is None:
-            digest = self._known[state] = self._read(path, files)
-        return digest
+        files = tuple((name, os.stat(name).st_mtime_ns, os.stat(name).st_size) for name in names)
+        if key not in self._loaded or getattr(lora, "load_inplace", False):
+            if files not in self._known:
+                self._known[files] = self._read(path, names)
+            self._loaded[key] = files
+        elif self._loaded[key] not in (files, None):
+            logger.warning(
+                "LoRA %s: its files at %s have changed since it was loaded, so its blocks are not reused any "
+                "more; load it in place (load_inplace), or under another name", lora.lora_name, path,
+            )  # fmt: skip
+            self._loaded[key] = None
 
     @staticmethod
     def _resolve(path: str) -> str | None:
