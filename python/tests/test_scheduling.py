@@ -216,6 +216,34 @@ def test_handoff_waits_until_published(model: str) -> None:
     assert world.saved == 4  # a consumer saves nothing
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+def test_blocking_handoff_waits_after_a_last_chunk_without_a_full_block(
+    model: str, asynchronous: bool, depth: int, window: int
+) -> None:
+    """``handoff: blocking``: the step that ends a prompt waits for the blocks of the chunks before it, though
+    it fills none itself; steps that decode do not wait, though they fill blocks."""
+    world, prompt = World(hold=True), list(range(4 * BLOCK + 3))
+    config = vllm_config(model, tokens=4 * BLOCK, handoff="blocking")
+    sim = Simulation(config, world, asynchronous=asynchronous, window=window)
+    sim.add("p", prompt, 40)
+    waits, saved, chunks = [], [], []
+    for _ in range(30):
+        output = sim.schedule()
+        waits.append(output.kv_connector_metadata.blocking)
+        saved.append(world.saved)
+        chunks.append(output.total_num_scheduled_tokens)
+        while len(sim.pending) >= depth:
+            sim.deliver()
+    assert chunks[:2] == [4 * BLOCK, 3]
+    assert waits == [[], ["p"]] + [[]] * 28
+    assert saved == [0] + [4] * 29
+    world.hold = False
+    sim.run(depth=depth)
+    check(sim, {"p": prompt}, 40)
+    assert world.saved > 4
+
+
 def test_request_of_several_prompts_finds_its_own_promise(model: str) -> None:
     """A router gives all prompts of a request every promise; each waits for its own, or for none."""
     world = World()

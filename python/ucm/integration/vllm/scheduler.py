@@ -309,11 +309,15 @@ class SchedulerSide:
             return
         if self._doubtful_step > self._seen_step:
             return  # a block that a step loads may turn out to be invalid: nothing computed from it is saved
+        prompt, end = state.request.num_prompt_tokens, computed + scheduled[request_id]
+        if self._config.handoff is Handoff.BLOCKING and computed < prompt <= end:
+            # The step that answers the prompt waits for all of it, whether or not it fills a block itself.
+            step.blocking.append(request_id)
         # Only confirmed tokens are hashed: placeholders of asynchronous scheduling and rejected
         # drafts are not in num_tokens.
-        tokens = min(computed + scheduled[request_id], state.request.num_tokens)
+        tokens = min(end, state.request.num_tokens)
         if not self._config.save_decode_blocks:
-            tokens = min(tokens, state.request.num_prompt_tokens)
+            tokens = min(tokens, prompt)
         full = tokens // self._block_tokens
         if current is not None and full > state.saved:
             # Blocks that left a window are somebody else's by now.
@@ -325,8 +329,6 @@ class SchedulerSide:
             self._pins.pin(step.number, transfer.slots)
         step.saves.append(transfer)
         state.save_step = step.number
-        if self._config.handoff is Handoff.BLOCKING and tokens >= state.request.num_prompt_tokens:
-            step.blocking.append(request_id)
 
     def _transfer(self, state: RequestState, full: int, table: list[list[int]]) -> Transfer | None:
         """The save of all blocks up to ``full`` that are not yet saved and not in the store."""
