@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import ucm
-from ucm.integration.vllm import order
-from ucm.integration.vllm.convert import MEMORY, ConversionError, PageShape, convert, readable
+from ucm.integration.vllm import geometry, order
+from ucm.integration.vllm.convert import MEMORY, ConversionError, PageShape, convert, page_shape, readable
 from ucm.integration.vllm.geometry import AddressTable, Layer, Layout, Slice
 
 PAGE = PageShape(tokens=16, heads=3, dim=8, element=2)
@@ -112,6 +112,57 @@ def test_every_order_into_every_other(tmp_path: Path, saved: str) -> None:
             for block in range(BLOCKS):
                 for layer in range(LAYERS):
                     assert (target.page(block, layer) == written(mine, block, layer)).all(), (mine, block)
+
+
+KERNEL_BLOCKS = 2
+KERNEL_PAGE = (PAGE.tokens // KERNEL_BLOCKS, PAGE.heads)
+"""Tokens and heads of the page of a kernel whose blocks are half as long as vLLM's."""
+
+
+def registered(arrays: list[Any]) -> Layout:
+    """The layout of one array a layer, as vLLM registers it."""
+    torch = pytest.importorskip("torch")
+    tensors = {f"l.{i}": torch.from_numpy(array.view(np.int16)) for i, array in enumerate(arrays)}
+    return geometry.build(tensors, BLOCKS, LAYERS * 2 * PAGE.half, tensors)
+
+
+@pytest.mark.parametrize("mine", [order.NHD_PACKED, order.NHD_SPLIT])
+def test_loads_into_smaller_kernel_blocks_failed(tmp_path: Path, mine: str) -> None:
+    """FlashInfer with blocks of 128 tokens has kernel blocks of 64: blocks in other orders were counted as
+    hits, and none could be loaded. In token-major orders they land right, each element."""
+    target = memories(mine)[-1]
+    if target.apart:
+        shape: tuple[int, ...] = (2, KERNEL_BLOCKS * BLOCKS, *KERNEL_PAGE, PAGE.dim)
+    else:
+        shape = (KERNEL_BLOCKS * BLOCKS, *KERNEL_PAGE, 2 * PAGE.dim)
+    layout = registered([array.reshape(shape) for array in target.array])
+    assert layout.kernel_blocks == KERNEL_BLOCKS
+    page = page_shape(layout, mine, PAGE.tokens, (PAGE.heads, PAGE.dim, PAGE.element))
+    assert page == PAGE
+    for saved in readable(mine):
+        source, directory = memories(saved)[-1], tmp_path / saved
+        source.fill()
+        with store(directory, saved, tensor_size_list=source.layout().slice_lengths) as writer:
+            writer.save(IDS, table(source.layout())).wait()
+        target.array[:] = 0
+        converted = convert(layout, mine, saved, page)
+        with store(directory, saved, tensor_shape_list=converted.shapes) as reader:
+            reader.refresh()
+            reader.load(IDS, table(converted.layout)).wait()
+        for block in range(BLOCKS):
+            for layer in range(LAYERS):
+                assert (target.page(block, layer) == written(mine, block, layer)).all(), (saved, block)
+
+
+def test_kernel_blocks_that_cut_up_a_page_are_not_converted() -> None:
+    """K and V of each kernel block in turn, or heads before tokens: a page is not what its order says."""
+    shape = (KERNEL_BLOCKS * BLOCKS, 2, *KERNEL_PAGE, PAGE.dim)
+    layout = registered([np.zeros(shape, dtype=np.uint16) for _ in range(LAYERS)])
+    assert layout.kernel_blocks == KERNEL_BLOCKS
+    heads = (PAGE.heads, PAGE.dim, PAGE.element)
+    assert page_shape(layout, order.NHD_SPLIT, PAGE.tokens, heads) is None
+    assert page_shape(layout, order.HND_PACKED, PAGE.tokens, heads) is None
+    assert page_shape(layout, order.NHD_PACKED, PAGE.tokens, None) is None
 
 
 def test_refused_pairs() -> None:

@@ -36,6 +36,22 @@ class PageShape:
         return self.tokens * self.heads * self.dim * self.element
 
 
+def page_shape(layout: Layout, mine: str, tokens: int, page: tuple[int, int, int] | None) -> PageShape | None:
+    """The shape of this server's pages, where other byte orders can be read into them.
+
+    ``page``: KV heads, head size and bytes of an element, where all layers have the same. Where the
+    attention kernel has smaller blocks than vLLM, a page of one of them has to follow another: true of
+    token-major orders alone, and of K and V apart only if they are apart over the whole page.
+    """
+    if page is None:
+        return None
+    if layout.kernel_blocks != 1:
+        runs = {order.NHD_PACKED: 1, order.NHD_SPLIT: 2}.get(mine)
+        if any(len(layer.slices) != runs for layer in layout.layers):
+            return None
+    return PageShape(tokens, *page)
+
+
 @dataclass(frozen=True)
 class Strides:
     """Where K or V of a page lies: byte offset of its first element, byte strides of its indices."""

@@ -170,7 +170,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
 
     def _page(self, layout: Layout, rank: Rank) -> PageShape | None:
         """The shape of a page, where other byte orders can be read into it."""
-        from ucm.integration.vllm.convert import PageShape
+        from ucm.integration.vllm.convert import page_shape
         from ucm.integration.vllm.order import PRIVATE, TOKEN_MAJOR
         from ucm.integration.vllm.platform import find_platform, refuse_other_backends
 
@@ -185,9 +185,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
                 f"{layout.kernel_blocks}, which the byte order {self._namespace.order} does not say; "
                 f"use --block-size {shape.block_tokens // layout.kernel_blocks}"
             )
-        if shape.page is None or layout.kernel_blocks != 1:
-            return None
-        return PageShape(shape.block_tokens, *shape.page)
+        return page_shape(layout, self._namespace.order, shape.block_tokens, shape.page)
 
     def _layerwise(self, layout: Layout) -> bool:
         from ucm.integration.vllm.groups import ONE_GROUP
