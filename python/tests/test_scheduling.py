@@ -293,6 +293,27 @@ def test_handoff_wait_ends(model: str, end: str) -> None:
         assert took >= 0.3
 
 
+def test_saves_lost_at_shutdown_kept_decode_waiting(model: str) -> None:
+    """A server that shuts down before its saves are stored gives them up: who waits for them computes."""
+    import time
+
+    world, prompt = World(hold=True, stuck=True), list(range(4 * BLOCK + 3))
+    prefill = Simulation(vllm_config(model), world)
+    prefill.add("p", prompt, 1)
+    while prefill.results["p"].params is None:
+        prefill.step()
+    prefill.connector.shutdown()
+    assert len(world.abandoned) == 4
+    assert not world.blocks
+    world.hold = world.stuck = False
+    decode = Simulation(vllm_config(model, handoff_wait_ms=60_000), world)
+    started = time.monotonic()
+    decode.add("d", prompt, 8, kv_transfer_params=prefill.results["p"].params)
+    decode.run(steps=10**6)
+    check(decode, {"d": prompt})
+    assert time.monotonic() - started < 5
+
+
 def test_short_prompts_and_opt_outs_move_nothing(model: str) -> None:
     """Prompts below a block, and requests that skip the prefix cache, load nothing."""
     world = World()

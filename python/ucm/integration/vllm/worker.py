@@ -409,6 +409,8 @@ class WorkerSide:
         self._finish_saves()
         if self._saves:
             logger.warning("%d saves were not finished in time and are lost", len(self._saves))
+        for job in self._saves:
+            self._give_up(job.ids)  # ids that were stored all the same are found, marked or not
         self._holds.close()
         self._converters.close()
         self._store.close()
