@@ -241,7 +241,8 @@ struct ucm_batch {
     size_t count;
     /**
      * cudaEvent_t or aclrtEvent that the engine's copies wait for on the device, or NULL. Captured
-     * before the call returns: may then be recorded again or destroyed.
+     * before the call returns: may then be recorded again or destroyed. It must have been recorded in the
+     * runtime, not merely queued by a framework: otherwise the copies do not wait for it.
      */
     void *wait_event;
     /**

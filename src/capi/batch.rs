@@ -40,7 +40,8 @@ pub struct ucm_batch {
     /// Entries: 1 to UCM_ENTRIES_MAX, and so many that count x slices is not over UCM_COUNT_MAX.
     pub count: usize,
     /// cudaEvent_t or aclrtEvent that the engine's copies wait for on the device, or NULL. Captured
-    /// before the call returns: may then be recorded again or destroyed.
+    /// before the call returns: may then be recorded again or destroyed. It must have been recorded in the
+    /// runtime, not merely queued by a framework: otherwise the copies do not wait for it.
     pub wait_event: *mut c_void,
     /// UCM_BATCH_NOTIFY, UCM_BATCH_NOTIFY_COPIED, or 0.
     pub flags: u32,

@@ -24,12 +24,19 @@ class ComputeStream:
         return self._module is not None
 
     def record(self) -> int | None:
-        """The native handle of an event that stands for all work enqueued so far."""
+        """The native handle of an event that stands for all work enqueued so far.
+
+        torch_npu hands recordings to a thread of its own: until that has made them, the runtime takes the
+        event for done, or for its previous recording. Asking a stream for its handle waits until the queue
+        is empty.
+        """
         if self._module is None:
             return None
         if self._event is None:
             self._event = self._module.Event()
-        self._event.record(self._module.current_stream())
+        stream = self._module.current_stream()
+        self._event.record(stream)
+        self._native(stream)
         for name in ("cuda_event", "npu_event"):
             handle = getattr(self._event, name, None)
             if handle is not None:
@@ -45,7 +52,10 @@ class ComputeStream:
         """The native handle of the current stream."""
         if self._module is None:
             return None
-        stream = self._module.current_stream()
+        return self._native(self._module.current_stream())
+
+    @staticmethod
+    def _native(stream: Any) -> int:
         for name in ("cuda_stream", "npu_stream"):
             handle = getattr(stream, name, None)
             if handle is not None:
