@@ -75,7 +75,7 @@ pub enum Staging {
     Lost,
 }
 
-/// What `ucm doctor` and the statistics tell of a device.
+/// What the log tells of a device when a store opens it.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// `host`, `cuda`, `ascend`.

@@ -99,6 +99,7 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         Some(device) => device,
         None => device::open(config.device, config.device_id)?,
     };
+    tell_of(&*device);
     let ground = match gpu_direct::open(&config, &device, platform.backends.is_some())? {
         Answer::Direct(ground) => ground,
         Answer::Pinned => open_pinned(&config, &device, platform.backends)?,
@@ -156,6 +157,17 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         }
     }
     Ok(engine)
+}
+
+/// Says what the device lacks, once in this process, and how it copies, which each open may measure otherwise.
+fn tell_of(device: &dyn Device) {
+    let report = device.report();
+    for fallback in &report.fallbacks {
+        log::once(Level::Warning, fallback, format_args!("{}: {fallback}", report.kind));
+    }
+    for copies in &report.copies {
+        log::info(format_args!("{}, {copies}", report.description));
+    }
 }
 
 /// What a store stands on: staging memory, and directories that transfer from and to it.

@@ -7,3 +7,4 @@ mod failures;
 mod fakes;
 mod layers;
 mod platforms;
+mod told;
