@@ -164,7 +164,7 @@ pub static KEYS: &[Key] = &[
         Kind::Word(&["auto", "host", "cuda", "ascend"]),
         "auto",
         "",
-        "Whose memory the addresses of a batch name. `auto` takes the accelerator whose driver is loaded, else host memory.",
+        "Whose memory the addresses of a batch name. `auto` takes the accelerator whose driver is loaded, else host memory. CUDA takes addresses of host memory too; on an Ascend machine they need `host`.",
     ),
     store(
         "device_id",

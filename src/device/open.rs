@@ -11,7 +11,7 @@ use crate::config::DeviceKind;
 use crate::error::Result;
 
 /// Opens the device of a store. `auto` takes the first of CUDA and Ascend whose driver loads and shows a
-/// device, else host memory; on an accelerator, addresses of plain host memory work too.
+/// device, else host memory. On CUDA addresses of plain host memory work too; on Ascend each such entry fails.
 ///
 /// A negative `device_id` means a store that transfers nothing: host memory, no driver is touched.
 pub fn open(kind: DeviceKind, device_id: i32) -> Result<Arc<dyn Device>> {
