@@ -40,8 +40,10 @@ impl Library {
             Error::new(
                 ErrorKind::Device,
                 format!(
-                    "{path} cannot be loaded ({e}); {}, or name the file in {}",
-                    source.remedy, source.variable
+                    "{path} cannot be loaded ({}); {}, or name the file in {}",
+                    reason(&e),
+                    source.remedy,
+                    source.variable
                 ),
             )
         })?;
@@ -72,6 +74,12 @@ impl Library {
             ),
         )
     }
+}
+
+/// What the dynamic linker says, which names a dependency that is missing; the error itself only says which
+/// function failed.
+fn reason(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Calls a function of a table, and turns its status into a result that names it.
@@ -149,6 +157,21 @@ mod tests {
         for part in [SOURCE.soname, SOURCE.variable, SOURCE.remedy] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    /// Goal: the error says what the dynamic linker found wrong, which for a driver is often a dependency of
+    /// its own, and not only that dlopen failed.
+    #[test]
+    fn reason_of_the_linker_is_told() {
+        static SOURCE: Source = Source {
+            soname: "/proc/self/cmdline",
+            variable: "UCM_NO_SUCH_LIBRARY",
+            remedy: "install the driver",
+        };
+        let text = Library::open(&SOURCE).err().unwrap().to_string();
+        assert!(!text.contains("dlopen failed"), "{text}");
+        // The linker's sentence begins with the file that it could not use.
+        assert!(text.matches(SOURCE.soname).count() == 2, "{text}");
     }
 
     /// Goal: a symbol that is not there is UNSUPPORTED and names library, version and symbol.
