@@ -44,7 +44,7 @@ pub(crate) fn gpu_test() -> Outcome {
                 [("device_gpu", "slices_are_exact"), ("device_gpu_direct", "hashes_are_exact")]
             {
                 let mut tests = device_tests(binary, &[test]);
-                tests.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", &runner);
+                tests.env(runner_variable(std::env::consts::ARCH), &runner);
                 run(&mut tests, "compute-sanitizer")?;
             }
         }
@@ -64,6 +64,12 @@ pub(crate) fn gpu_test() -> Outcome {
         "ucm-bench compare device",
     )?;
     torch_test(&built)
+}
+
+/// The variable that makes cargo run the tests of this machine's target under another program. Cargo reads it
+/// for the host's target alone, whose triple differs by the processor.
+fn runner_variable(arch: &str) -> String {
+    format!("CARGO_TARGET_{}_UNKNOWN_LINUX_GNU_RUNNER", arch.to_uppercase())
 }
 
 /// Compiles and runs the C++ programs, which know the driver API and `ucm.hpp` alone.
@@ -150,4 +156,17 @@ pub(crate) fn ptx() -> Outcome {
 fn which(program: &str) -> Option<PathBuf> {
     let paths = std::env::var_os("PATH")?;
     std::env::split_paths(&paths).map(|path| path.join(program)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: on a Grace or Kunpeng host, too, the sanitizer runs the tests, not only on x86-64.
+    #[test]
+    fn runner_is_of_the_host() {
+        let name = runner_variable("aarch64");
+        assert_eq!(name, "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER");
+        assert!(runner_variable("x86_64").contains("_X86_64_"));
+    }
 }
