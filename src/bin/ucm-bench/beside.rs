@@ -104,16 +104,13 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let field = Field::new(&job)?;
     let solo = field.solo(context)?;
     let arrivals = solo.engine_load.min(solo.fio_read) * share;
-    let mut measured = Vec::new();
-    for round in 0..rounds {
-        if context.is_interrupted() {
-            break;
-        }
+    let measured = context.each(0..rounds, |round| {
         if context.progress {
             eprintln!("beside: round {} of {rounds}", round + 1);
         }
-        measured.push(field.round(arrivals, round % 2 == 1, context)?);
-    }
+        let measured = field.round(arrivals, round % 2 == 1, context)?;
+        context.whole(measured)
+    })?;
     if measured.is_empty() {
         return Err("interrupted before the first round ended; there is nothing to report".into());
     }
@@ -133,6 +130,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         rounds: measured,
     };
     comparison::write(matches, format, &beside)?;
+    comparison::note_interrupt(context);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -201,7 +199,13 @@ impl Field {
     }
 
     /// fio's jobs together. `rate`: of the reads, GB/s; `None` without limit.
-    fn fio(&self, reads: bool, rate: Option<f64>, writes: bool) -> Result<Vec<FioResult>, String> {
+    fn fio(
+        &self,
+        reads: bool,
+        rate: Option<f64>,
+        writes: bool,
+        context: &Context,
+    ) -> Result<Vec<FioResult>, String> {
         let file = |name: &str| self.folder().join(name).display().to_string();
         let mut flags = vec![
             format!("--bs={}", self.block_size),
@@ -242,7 +246,7 @@ impl Field {
                 format!("--prio={SAVE_PRIORITY}"),
             ]);
         }
-        let text = fio::call(&flags)?;
+        let text = fio::call(&flags, context)?;
         let _ = std::fs::remove_file(file("fio.writes"));
         (0..usize::from(reads) + usize::from(writes))
             .map(|index| fio::parse(&text, index))
@@ -260,25 +264,25 @@ impl Field {
             fdatasync: 0,
             extra: Vec::new(),
         };
-        laid_out.run(&self.folder().join("fio.reads"), &context.syscalls)?;
+        laid_out.run(&self.folder().join("fio.reads"), context)?;
         let rate = |result: &GroupResult| gb_per_second(&result.jobs[0]);
         Ok(Solo {
             engine_load: rate(&self.engine(&[self.loads(None)], context)?),
-            fio_read: self.fio(true, None, false)?[0].gb_per_second,
+            fio_read: self.fio(true, None, false, context)?[0].gb_per_second,
             engine_save: rate(&self.engine(&[self.saves()], context)?),
-            fio_write: self.fio(false, None, true)?[0].gb_per_second,
+            fio_write: self.fio(false, None, true, context)?[0].gb_per_second,
         })
     }
 
     fn round(&self, arrivals: f64, fio_first: bool, context: &Context) -> Result<Round, String> {
         let mut fio = None;
         if fio_first {
-            fio = Some(self.fio(true, Some(arrivals), true)?);
+            fio = Some(self.fio(true, Some(arrivals), true, context)?);
         }
         let engine = self.engine(&[self.loads(Some(arrivals)), self.saves()], context)?;
         let fio = match fio {
             Some(fio) => fio,
-            None => self.fio(true, Some(arrivals), true)?,
+            None => self.fio(true, Some(arrivals), true, context)?,
         };
         let unserved = engine.jobs[0].tally.errors.get(UNSERVED).map_or(0, |error| error.count);
         let loaded = engine.jobs[0].tally.stages.get("loaded");

@@ -119,20 +119,13 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         .get_one::<String>("fio-extra")
         .map(|flags| flags.split_whitespace().map(String::from).collect())
         .unwrap_or_default();
-    let mut sides = Vec::new();
-    for side in wanted.split(',').map(str::trim) {
-        let pair = match side {
-            "save" => Pair::save(&job, extra.clone())?,
-            "load" => Pair::load(&job, extra.clone(), matches.get_flag("sequential"))?,
-            _ => return Err(format!("--sides: `{side}` is neither save nor load")),
-        };
-        if let Some(side) = pair.run(rounds, context)? {
-            sides.push(side);
-        }
-        if context.is_interrupted() {
-            break;
-        }
-    }
+    let pair = |side: &str| match side {
+        "save" => Pair::save(&job, extra.clone()),
+        "load" => Pair::load(&job, extra.clone(), matches.get_flag("sequential")),
+        _ => Err(format!("--sides: `{side}` is neither save nor load")),
+    };
+    let pairs = wanted.split(',').map(str::trim).map(pair).collect::<Result<Vec<_>, _>>()?;
+    let sides = context.each(&pairs, |pair| pair.run(rounds, context))?;
     let against = Against {
         head: Head::new("ucm-bench compare", Some(fio_version)),
         block_bytes: job.shape()?.bytes(),
@@ -144,6 +137,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         sides,
     };
     comparison::write(matches, format, &against)?;
+    comparison::note_interrupt(context);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -194,8 +188,8 @@ impl Pair {
         Ok(pair)
     }
 
-    /// Runs all rounds; none after Ctrl-C in the first.
-    fn run(&self, rounds: usize, context: &Context) -> Result<Option<Side>, String> {
+    /// Runs all rounds, or those that ended before Ctrl-C.
+    fn run(&self, rounds: usize, context: &Context) -> Result<Side, String> {
         let is_save = self.engine.rw == Workload::Save;
         let bytes = run::footprint(&self.engine)?;
         let ground = Ground::new(&self.engine.directories, bytes * 2, After::Remove)?;
@@ -203,42 +197,40 @@ impl Pair {
         let file = ground.folders()[0].join("fio.data");
         if !is_save {
             let write = FioJob { rw: "write", fdatasync: 0, ..self.fio.clone() };
-            write.run(&file, &context.syscalls)?;
+            write.run(&file, context)?;
         }
         let startup = self.startup_syscalls(&ground.folders()[0].join("fio.tiny"), context)?;
-        let mut measured = Vec::new();
         let mut layout = Layout::Needed;
-        for round in 0..rounds + WARM_UP {
-            if context.is_interrupted() {
-                break;
-            }
+        let measured = context.each(0..rounds + WARM_UP, |round| {
             if context.progress {
                 eprintln!("{}: round {round} of {rounds}", self.name);
-            }
-            let fio_first = round % 2 == 1;
-            let mut fio = None;
-            if fio_first {
-                fio = Some(self.fio_round(&file, startup, context)?);
             }
             if is_save {
                 // A fresh store in a fresh folder, as fio gets a fresh file.
                 let _ = std::fs::remove_dir_all(&engine_folder);
             }
-            let folders = std::slice::from_ref(&engine_folder);
-            let engine = run::run_in(std::slice::from_ref(&self.engine), folders, layout, context)?;
-            layout = Layout::Done;
-            let fio = match fio {
-                Some(fio) => fio,
-                None => self.fio_round(&file, startup, context)?,
+            let engine = || {
+                let folders = std::slice::from_ref(&engine_folder);
+                run::run_in(std::slice::from_ref(&self.engine), folders, layout, context)
             };
+            let (engine, fio) = if round % 2 == 1 {
+                let fio = self.fio_round(&file, startup, context)?;
+                (engine()?, fio)
+            } else {
+                (engine()?, self.fio_round(&file, startup, context)?)
+            };
+            layout = Layout::Done;
             let memcpy =
                 Job { rw: Workload::Memcpy, runtime: None, numjobs: 1, ..self.engine.clone() };
             let memcpy = run::run_in(&[memcpy], &[], Layout::Done, context)?;
-            if round >= WARM_UP && !context.is_interrupted() {
-                measured.push(round_of(&engine, &fio, &memcpy)?);
-            }
+            context.whole(())?;
+            round_of(&engine, &fio, &memcpy)
+        })?;
+        let measured = measured.into_iter().skip(WARM_UP).collect::<Vec<_>>();
+        if measured.is_empty() {
+            context.whole(())?;
         }
-        Ok((!measured.is_empty()).then(|| self.side(measured, &file)))
+        Ok(self.side(measured, &file))
     }
 
     fn fio_round(
@@ -247,7 +239,7 @@ impl Pair {
         startup: Option<u64>,
         context: &Context,
     ) -> Result<FioResult, String> {
-        let mut result = self.fio.run(file, &context.syscalls)?;
+        let mut result = self.fio.run(file, context)?;
         result.syscalls =
             result.syscalls.zip(startup).map(|(all, startup)| all.saturating_sub(startup));
         if self.fio.rw == "write" {
@@ -262,9 +254,9 @@ impl Pair {
         let threads = if self.fio.engine == "psync" { u64::from(self.fio.iodepth) } else { 1 };
         let tiny = FioJob { size: self.fio.block_size * threads, ..self.fio.clone() };
         if tiny.rw != "write" {
-            FioJob { rw: "write", ..tiny.clone() }.run(file, &context.syscalls)?;
+            FioJob { rw: "write", ..tiny.clone() }.run(file, context)?;
         }
-        Ok(tiny.run(file, &context.syscalls)?.syscalls)
+        Ok(tiny.run(file, context)?.syscalls)
     }
 
     fn side(&self, rounds: Vec<Round>, file: &Path) -> Side {

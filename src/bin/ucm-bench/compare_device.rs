@@ -211,7 +211,7 @@ fn run_row(
     let folders: Vec<_> = ground.folders().iter().map(|folder| folder.join("engine")).collect();
     let fio = fio.map(|fio| (fio, ground.folders()[0].join("fio.data")));
     if let Some((fio, file)) = &fio {
-        FioJob { rw: "write", ..fio.clone() }.run(file, &context.syscalls)?;
+        FioJob { rw: "write", ..fio.clone() }.run(file, context)?;
     }
     let direction = if way == Way::Save { Direction::Save } else { Direction::Load };
     let (mut measured, mut layout) = (Vec::new(), Layout::Needed);
@@ -222,7 +222,7 @@ fn run_row(
         // The warm-up looks at every byte: a rate of wrong bytes is none.
         let verify = round < WARM_UP && fio.is_none() && way == Way::Load;
         let job = Job { verify, ..job.clone() };
-        let read = fio.as_ref().map(|(fio, file)| fio.run(file, &context.syscalls)).transpose()?;
+        let read = fio.as_ref().map(|(fio, file)| fio.run(file, context)).transpose()?;
         let before = peak.gb_per_second(direction, PLAIN_TIMES)?;
         let engine = run::run_in(std::slice::from_ref(&job), &folders, layout, context)?;
         let after = peak.gb_per_second(direction, PLAIN_TIMES)?;

@@ -7,7 +7,7 @@ use clap::ArgMatches;
 use serde::Serialize;
 
 use crate::report::{Format, GB};
-use crate::run::{GroupResult, JobResult};
+use crate::run::{Context, GroupResult, JobResult};
 
 /// Version of the JSON and of the columns of the CSV.
 const JSON_VERSION: u32 = 1;
@@ -31,6 +31,13 @@ impl Head {
     /// Version text of fio.
     pub fn fio(&self) -> &str {
         self.fio.as_deref().unwrap_or_default()
+    }
+}
+
+/// Tells a reader of a report that Ctrl-C made it shorter than was asked for.
+pub fn note_interrupt(context: &Context) {
+    if context.is_interrupted() {
+        eprintln!("ucm-bench: interrupted; the report is of the rounds that ended before");
     }
 }
 

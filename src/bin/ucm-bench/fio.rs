@@ -2,12 +2,22 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
-use crate::meter::{Cpu, Syscalls};
+use crate::meter::Cpu;
+use crate::run::Context;
+
+/// How often Ctrl-C is looked at while fio runs: before a second signal counts as impatience, and seldom,
+/// because system calls are counted too.
+const TICK: Duration = Duration::from_millis(250);
 
 /// What a person without fio reads.
 const MISSING: &str = "fio is not installed; the comparison needs it:\n  \
@@ -96,31 +106,70 @@ impl FioJob {
     }
 
     /// Runs it on a file; a write run gets a fresh one.
-    pub fn run(&self, file: &Path, syscalls: &Syscalls) -> Result<FioResult, String> {
+    pub fn run(&self, file: &Path, context: &Context) -> Result<FioResult, String> {
         if self.rw == "write" {
             // Not there is as good as removed.
             let _ = std::fs::remove_file(file);
         }
-        let before = syscalls.count();
-        let text = call(&self.arguments(file))?;
+        let before = context.syscalls.count();
+        let text = call(&self.arguments(file), context)?;
         let mut result = parse(&text, 0)?;
-        result.syscalls = syscalls.count().zip(before).map(|(now, then)| now - then);
+        result.syscalls = context.syscalls.count().zip(before).map(|(now, then)| now - then);
         Ok(result)
     }
 }
 
 /// Calls fio and returns its JSON.
-pub fn call(arguments: &[String]) -> Result<String, String> {
-    let output = Command::new("fio")
-        .args(arguments)
-        .arg("--output-format=json")
-        .output()
+pub fn call(arguments: &[String], context: &Context) -> Result<String, String> {
+    let mut command = Command::new("fio");
+    command.args(arguments).arg("--output-format=json");
+    capture(command, context)
+}
+
+/// What a program prints. It gets a process group of its own: Ctrl-C reaches this process alone, which ends
+/// the program and then reports what was measured before.
+fn capture(mut command: Command, context: &Context) -> Result<String, String> {
+    let shown = format!("{command:?}").replace('"', "");
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
         .map_err(|_| String::from(MISSING))?;
-    if !output.status.success() {
-        let message = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("fio {} failed: {}", arguments.join(" "), message.trim()));
+    let group = Pid::from_child(&child);
+    let (output, message) = (child.stdout.take(), child.stderr.take());
+    let (ended, ends) = channel::<()>();
+    let (output, message) = std::thread::scope(|scope| {
+        let also_ended = ended.clone();
+        let output = scope.spawn(move || text_of(output, also_ended));
+        let message = scope.spawn(move || text_of(message, ended));
+        while let Err(RecvTimeoutError::Timeout) = ends.recv_timeout(TICK) {
+            if context.is_interrupted() {
+                // Not waited for yet, so the number is still its own; gone already is as good.
+                let _ = kill_process_group(group, Signal::KILL);
+            }
+        }
+        (output.join().unwrap_or_default(), message.join().unwrap_or_default())
+    });
+    let status = child.wait().map_err(|error| format!("fio: {error}"))?;
+    if context.is_interrupted() && !status.success() {
+        return Err("interrupted while fio ran; there is nothing to report yet".into());
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    if !status.success() {
+        return Err(format!("{shown} failed: {}", message.trim()));
+    }
+    Ok(output)
+}
+
+/// All that a pipe gives; `_ended` is dropped when it is closed.
+fn text_of(pipe: Option<impl Read>, _ended: std::sync::mpsc::Sender<()>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(mut pipe) = pipe {
+        // What came before an error is shown as it is; the exit status tells whether it is whole.
+        let _ = pipe.read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Reads the figures of job `index` from fio's JSON.
@@ -155,6 +204,25 @@ pub fn parse(text: &str, index: usize) -> Result<FioResult, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
+
+    /// Goal: Ctrl-C ends a fio that would run on, and says so instead of calling it a failure of fio.
+    #[test]
+    fn ctrl_c_left_fio_running() {
+        let context = Context::for_test();
+        let mut echo = Command::new("echo");
+        echo.arg("{}");
+        assert_eq!(capture(echo, &context).unwrap(), "{}\n");
+        let failed = capture(Command::new("false"), &context).unwrap_err();
+        assert!(failed.contains("false failed"), "{failed}");
+        context.interrupted.store(true, std::sync::atomic::Ordering::Relaxed);
+        let begin = Instant::now();
+        let mut sleep = Command::new("sleep");
+        sleep.arg("60");
+        let message = capture(sleep, &context).unwrap_err();
+        assert!(message.contains("interrupted"), "{message}");
+        assert!(begin.elapsed() < Duration::from_secs(30));
+    }
 
     /// Goal: bytes, rate and CPU are read from where fio 3 puts them, behind a warning line.
     #[test]

@@ -73,6 +73,43 @@ impl Context {
     pub fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
+
+    /// What the steps gave until Ctrl-C. A step that it cut short takes nothing from those before: its error
+    /// is returned only where there is nothing else to report.
+    pub fn each<S, T>(
+        &self,
+        steps: impl IntoIterator<Item = S>,
+        mut take: impl FnMut(S) -> Result<T, String>,
+    ) -> Result<Vec<T>, String> {
+        let mut results = Vec::new();
+        for step in steps {
+            if self.is_interrupted() {
+                break;
+            }
+            match take(step) {
+                Err(_) if self.is_interrupted() && !results.is_empty() => break,
+                result => results.push(result?),
+            }
+        }
+        Ok(results)
+    }
+
+    /// What was measured to its end; an error where Ctrl-C cut it short, because half a round of one side
+    /// compares with nothing.
+    pub fn whole<T>(&self, measured: T) -> Result<T, String> {
+        if self.is_interrupted() {
+            return Err(
+                "interrupted before the first round ended; there is nothing to report".into()
+            );
+        }
+        Ok(measured)
+    }
+
+    /// Nobody presses Ctrl-C, and nothing is shown.
+    #[cfg(test)]
+    pub fn for_test() -> Self {
+        Self { interrupted: Arc::default(), syscalls: Syscalls::start(), progress: false }
+    }
 }
 
 /// Runs all jobs, group by group, in folders of their own. After Ctrl-C: what there is so far.
@@ -80,14 +117,7 @@ pub fn run(jobs: &[Job], context: &Context) -> Result<Vec<GroupResult>, String> 
     for job in jobs {
         job.validate()?;
     }
-    let mut results = Vec::new();
-    for group in jobs.chunk_by(|_, next| !next.stonewall) {
-        if context.is_interrupted() {
-            break;
-        }
-        results.push(run_group(group, context)?);
-    }
-    Ok(results)
+    context.each(jobs.chunk_by(|_, next| !next.stonewall), |group| run_group(group, context))
 }
 
 /// Runs jobs together in folders of their own.
@@ -462,4 +492,29 @@ fn insert_thread(ready: &Ready<'_>, shared: &Shared) {
     let bench =
         Bench { job: ready.job, shape: &ready.shape, store, seed: data_seed(ready.job), shared };
     calls::insert(&bench, &ready.pages[0]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: Ctrl-C in a later step, which then fails, leaves what the steps before gave.
+    #[test]
+    fn ctrl_c_discarded_the_results_before_it() {
+        let cut = |at: u32| {
+            let context = Context::for_test();
+            context.each(0..9, |step| {
+                if step == at {
+                    context.interrupted.store(true, Ordering::Relaxed);
+                    return Err(format!("cut at {step}"));
+                }
+                Ok(step)
+            })
+        };
+        assert_eq!(cut(3), Ok(vec![0, 1, 2]));
+        assert_eq!(cut(0), Err("cut at 0".into()));
+        let failed = Context::for_test()
+            .each(0..9, |step| if step == 3 { Err(String::from("no space")) } else { Ok(step) });
+        assert_eq!(failed, Err("no space".into()));
+    }
 }

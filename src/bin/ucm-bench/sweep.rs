@@ -17,14 +17,10 @@ use crate::units::{show_size, size};
 pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String> {
     let format = crate::format(matches)?;
     let base = cli::single(matches, Job::default())?;
-    let mut results: Vec<GroupResult> = Vec::new();
-    for job in points(matches, &base)? {
-        if context.is_interrupted() {
-            break;
-        }
+    let results = context.each(points(matches, &base)?, |job| {
         job.validate()?;
-        results.push(run::run_group(&[job], context)?);
-    }
+        run::run_group(&[job], context)
+    })?;
     crate::write(matches, &report::render(&results, context.is_interrupted(), format))?;
     let path = matches.get_one::<String>("report").cloned().unwrap_or_default();
     let page = draw(&results, path.ends_with(".svg"))?;
