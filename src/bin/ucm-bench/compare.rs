@@ -151,6 +151,7 @@ struct Pair {
 impl Pair {
     fn new(job: &Job, name: &'static str, extra: Vec<String>) -> Result<Self, String> {
         job.validate()?;
+        refuse_one_sided(job)?;
         if job.directories.len() != 1 {
             return Err("compare takes one --directory, because fio's job is one file".into());
         }
@@ -279,6 +280,23 @@ impl Pair {
     }
 }
 
+/// Refuses what would reach the engine and not fio: the ratio would be of two different things.
+fn refuse_one_sided(job: &Job) -> Result<(), String> {
+    let one_sided = [
+        (job.numjobs != 1, "numjobs", "give --iodepth, which is the depth of both"),
+        (job.rate.is_some() || job.rate_blocks.is_some(), "rate", "see compare beside"),
+        (job.runtime.is_some(), "runtime", "give --size, the bytes of both"),
+        (!job.ramp.is_zero(), "ramp_time", "a first round is not counted already"),
+        (job.verify, "verify", "verify in a run of its own"),
+    ];
+    match one_sided.into_iter().find(|(given, ..)| *given) {
+        None => Ok(()),
+        Some((_, name, remedy)) => Err(format!(
+            "compare fio: --{name} would hold for the engine and not for fio; leave it out ({remedy})"
+        )),
+    }
+}
+
 fn round_of(engine: &GroupResult, fio: &FioResult, memcpy: &GroupResult) -> Result<Round, String> {
     let job = succeeded(engine)?;
     let per_gb = |cpu: f64, bytes: u64| cpu / (bytes as f64 / GB).max(1e-9);
@@ -403,5 +421,24 @@ mod tests {
         assert_eq!((pair.fio.rw, pair.fio.fdatasync), ("randread", 0));
         job.directories.push("/y".into());
         assert!(Pair::load(&job, vec![], false).is_err());
+    }
+
+    /// Goal: what only the engine would heed is refused, because `numjobs` once gave it a multiple of fio's depth.
+    #[test]
+    fn numjobs_gave_the_engine_more_depth_than_fio() {
+        let job = Job { directories: vec!["/x".into()], ..Job::default() };
+        let second = Some(std::time::Duration::from_secs(1));
+        let cases = [
+            (Job { numjobs: 4, ..job.clone() }, "--numjobs"),
+            (Job { rate: Some(1e9), ..job.clone() }, "--rate"),
+            (Job { rate_blocks: Some(1e3), ..job.clone() }, "--rate"),
+            (Job { runtime: second, ..job.clone() }, "--runtime"),
+            (Job { verify: true, ..job.clone() }, "--verify"),
+        ];
+        for (job, word) in cases {
+            let message = Pair::load(&job, vec![], false).map(drop).unwrap_err();
+            assert!(message.contains(word), "{message}");
+        }
+        assert!(Pair::load(&job, vec![], false).is_ok());
     }
 }
