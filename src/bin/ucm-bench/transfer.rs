@@ -17,6 +17,8 @@ use crate::tally::Tally;
 
 /// How long a wait goes on before stop requests are looked at.
 const LOOK_UP: Duration = Duration::from_millis(100);
+/// How long a submission waits that the queue refused: full of other threads' work, it may wake nobody here.
+const RETRY: Duration = Duration::from_micros(100);
 
 /// What threads of a run share.
 #[derive(Default)]
@@ -138,20 +140,33 @@ impl<'a> Transfer<'a> {
                 break;
             }
             let due = arrivals.as_ref().filter(|_| !through && !stop).map(|a| begin + a.due());
-            self.wait(due);
+            self.wait(due.map(|due| self.wake_at(due, Instant::now())));
             self.collect();
         }
         if let (Some(arrivals), false) = (&mut arrivals, through) {
             // They stood in line when the run was stopped: to leave them out would flatter the store.
-            let unserved = arrivals.passed_by(stopped.unwrap_or_else(|| begin.elapsed()));
+            let unserved = arrivals.passed_by(stopped.unwrap_or_else(|| begin.elapsed()))
+                * u64::from(self.bench.job.batch);
             if unserved > 0 {
                 self.tally.error("UNSERVED".into(), unserved, || {
-                    "arrivals still in line at the end: the rate is more than the store carries"
+                    "blocks still in line at the end: the rate is more than the store carries"
                         .into()
                 });
             }
         }
         self.tally
+    }
+
+    /// When an open loop looks again at the latest; completions wake it before. An arrival that is overdue
+    /// cannot begin while nothing is free, so it is no reason to wake.
+    fn wake_at(&self, due: Instant, now: Instant) -> Instant {
+        if self.refused() {
+            now + RETRY
+        } else if self.free.is_empty() {
+            now + LOOK_UP
+        } else {
+            due
+        }
     }
 
     /// Whether the last unit has layers that the queue refused for now.
@@ -255,7 +270,7 @@ impl<'a> Transfer<'a> {
                 }
             }
             // Nothing of ours is in flight, but the queue is full of other threads' work.
-            None if self.refused() => std::thread::sleep(Duration::from_micros(100)),
+            None if self.refused() => std::thread::sleep(RETRY),
             None => {}
         }
     }
@@ -356,4 +371,23 @@ impl<'a> Transfer<'a> {
 
 fn hex(id: &[u8; 16]) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: with all slots in use, an overdue arrival does not turn the wait into a spin.
+    #[test]
+    fn full_open_loop_spun() {
+        let job = Job { iodepth: 1, block_size: 4096, ..Job::default() };
+        let (shape, store, shared) = (job.shape().unwrap(), Store::none(), Shared::default());
+        let bench = Bench { job: &job, shape: &shape, store: &store, seed: 0, shared: &shared };
+        let pages = Pages::new(&shape, pages_needed(&job), None).unwrap();
+        let mut transfer = Transfer::new(&bench, &pages);
+        let now = Instant::now();
+        assert_eq!(transfer.wake_at(now, now), now);
+        transfer.free.clear();
+        assert_eq!(transfer.wake_at(now, now), now + LOOK_UP);
+    }
 }
