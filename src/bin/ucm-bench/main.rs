@@ -46,6 +46,9 @@ use crate::run::Context;
 const EXIT_FAILURES: u8 = 2;
 /// A signal that follows the first one after this time says that the user does not want to wait.
 const IMPATIENCE_MS: u64 = 500;
+/// What asks a run to end: Ctrl-C, a supervisor, and a terminal or SSH session that closes.
+const ENDING: [i32; 3] =
+    [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP];
 
 fn main() -> ExitCode {
     match start() {
@@ -68,7 +71,7 @@ fn start() -> Result<ExitCode, String> {
     // Counting begins before any thread is made, so that all are counted.
     let syscalls = meter::Syscalls::start();
     let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in ENDING.into_iter().filter(|&signal| !is_ignored(signal)) {
         end_on(signal, &interrupted).map_err(|error| format!("signal handler: {error}"))?;
     }
     let context = |matches: &ArgMatches| Context {
@@ -98,6 +101,16 @@ fn start() -> Result<ExitCode, String> {
             None => Err("trace generate or trace replay".into()),
         },
         _ => jobs(&matches, &context(&matches)),
+    }
+}
+
+/// Whether the process was started with this signal ignored, as `nohup` starts it: then it stays so.
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: an all-zero sigaction is a value of the struct; a null new action only asks.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
     }
 }
 
@@ -168,5 +181,21 @@ fn models() {
             units::show_size(bytes),
             units::show_size(bytes * 128)
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a terminal that closes ends the run in order, which removes its files.
+    #[test]
+    fn sighup_left_files_behind() {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let hangup = ENDING.into_iter().find(|&signal| signal == libc::SIGHUP).unwrap();
+        end_on(hangup, &interrupted).unwrap();
+        assert!(!is_ignored(hangup));
+        signal_hook::low_level::raise(hangup).unwrap();
+        assert!(interrupted.load(Ordering::Relaxed));
     }
 }
