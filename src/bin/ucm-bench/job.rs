@@ -270,6 +270,13 @@ impl Job {
         if self.time_based && self.runtime.is_none() {
             return told("time_based needs runtime, as --runtime=30s".into());
         }
+        if self.rw == Workload::Mixed && self.time_based {
+            return told(
+                "rw=mixed saves new blocks on every pass, and with time_based would fill the drive; \
+                 leave time_based out and give size for the time, as --size=100g"
+                    .into(),
+            );
+        }
         if self.rw == Workload::Memcpy && self.numjobs > 1 {
             return told("rw=memcpy is measured on one thread; leave numjobs out".into());
         }
@@ -308,6 +315,16 @@ mod tests {
         assert_eq!(job.block_count(), Ok((1 << 30) / (61 * (144 << 10))));
         let small = Job { size: 10, ..Job::default() };
         assert!(small.block_count().unwrap_err().contains("size=10"));
+    }
+
+    /// Goal: the room that a job needs is known before it begins.
+    #[test]
+    fn time_based_mixed_filled_the_drive() {
+        let job = Job { directories: vec!["/tmp".into()], rw: Workload::Mixed, ..Job::default() };
+        let job = Job { runtime: Some(Duration::from_secs(1)), ..job };
+        assert_eq!(job.validate(), Ok(()));
+        let endless = Job { time_based: true, ..job };
+        assert!(endless.validate().unwrap_err().contains("size"));
     }
 
     /// Goal: contradictions are refused with the setting to change.
