@@ -5,6 +5,10 @@
 use crate::job::Job;
 use crate::keys;
 
+/// Keys of fio's files that change nothing here: threads always, one report for all of a job's, orders of whole
+/// passes, and a page cache that the store's own reads go past.
+const WITHOUT_EFFECT: [&str; 4] = ["group_reporting", "thread", "norandommap", "invalidate"];
+
 /// Reads the jobs of a file's text. Settings of `[global]` hold for the sections after it, on top of
 /// `defaults` (the flags before the file).
 pub fn parse(text: &str, defaults: &Job, origin: &str) -> Result<Vec<Job>, String> {
@@ -29,6 +33,10 @@ pub fn parse(text: &str, defaults: &Job, origin: &str) -> Result<Vec<Job>, Strin
             continue;
         }
         let (key, value) = line.split_once('=').unwrap_or((line, ""));
+        if WITHOUT_EFFECT.contains(&key.trim()) && section.is_some() {
+            eprintln!("ucm-bench: {}", told(format!("{} has no effect here", key.trim())));
+            continue;
+        }
         let value = expand(value.trim()).map_err(told)?;
         let target = match section {
             Some(true) => &mut global,
@@ -111,6 +119,14 @@ iodepth=64
         assert!(
             jobs.iter().all(|job| job.time_based && job.model.as_deref() == Some("llama-3-8b"))
         );
+    }
+
+    /// Goal: a file made for fio is not refused for a key that is harmless.
+    #[test]
+    fn harmless_keys_of_fio_were_refused() {
+        let text = "[global]\nthread\ngroup_reporting=1\n[a]\nnorandommap\ninvalidate = 0\nbs=4k\n";
+        let jobs = parse(text, &Job::default(), "x.fio").unwrap();
+        assert_eq!((jobs.len(), jobs[0].block_size), (1, 4096));
     }
 
     /// Goal: an error says file, line, and what is wrong.
