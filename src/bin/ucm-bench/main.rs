@@ -140,7 +140,12 @@ fn jobs(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String> {
     write(matches, &report::render(&results, context.is_interrupted(), format))?;
     let failures: u64 =
         results.iter().flat_map(|group| &group.jobs).map(|job| job.tally.failures()).sum();
-    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILURES) })
+    Ok(status_of(failures))
+}
+
+/// The exit status of a run with so many failed blocks and blocks of wrong bytes.
+pub(crate) fn status_of(failures: u64) -> ExitCode {
+    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILURES) }
 }
 
 /// The format asked for.
@@ -187,6 +192,13 @@ fn models() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: a run with failures, of jobs or of a trace, does not look well to a script.
+    #[test]
+    fn failed_replay_exited_0() {
+        assert_eq!(status_of(0), ExitCode::SUCCESS);
+        assert_eq!(status_of(1), ExitCode::from(EXIT_FAILURES));
+    }
 
     /// Goal: a terminal that closes ends the run in order, which removes its files.
     #[test]

@@ -5,22 +5,34 @@
 
 #![forbid(unsafe_code)]
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Tokens that one hash id stands for.
 pub const TOKENS_PER_ID: u64 = 512;
+/// The latest arrival, some 300 years, so that times since 1970 fit: more than a `Duration` holds would end the replay in a panic.
+const TIMESTAMP_MS_MAX: f64 = 1e13;
 
 /// One request.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
-    /// Arrival, milliseconds since the begin of the trace.
-    pub timestamp: u64,
+    /// Arrival, milliseconds since the begin of the trace; a fraction is kept.
+    #[serde(serialize_with = "whole_without_point")]
+    pub timestamp: f64,
     /// Tokens of the prompt.
     pub input_length: u64,
     /// Tokens of the answer.
     pub output_length: u64,
     /// What the prompt consists of.
     pub hash_ids: Vec<u64>,
+}
+
+/// Writes whole milliseconds as the public traces do, without a point.
+fn whole_without_point<S: Serializer>(milliseconds: &f64, to: S) -> Result<S::Ok, S::Error> {
+    if milliseconds.fract() == 0.0 && *milliseconds >= 0.0 {
+        to.serialize_u64(*milliseconds as u64)
+    } else {
+        to.serialize_f64(*milliseconds)
+    }
 }
 
 /// Reads a trace; an error names file and line.
@@ -30,6 +42,12 @@ pub fn parse(text: &str, origin: &str) -> Result<Vec<Request>, String> {
         let told = |message: String| format!("{origin}:{}: {message}", index + 1);
         let request: Request =
             serde_json::from_str(line).map_err(|error| told(error.to_string()))?;
+        if !(0.0..=TIMESTAMP_MS_MAX).contains(&request.timestamp) {
+            return Err(told(format!(
+                "timestamp {}: milliseconds since the begin of the trace, 0 to {TIMESTAMP_MS_MAX}",
+                request.timestamp
+            )));
+        }
         let needed = request.input_length.div_ceil(TOKENS_PER_ID);
         if (request.hash_ids.len() as u64) < request.input_length / TOKENS_PER_ID {
             return Err(told(format!(
@@ -43,7 +61,7 @@ pub fn parse(text: &str, origin: &str) -> Result<Vec<Request>, String> {
     if requests.is_empty() {
         return Err(format!("{origin}: no request"));
     }
-    requests.sort_by_key(|request| request.timestamp);
+    requests.sort_by(|a, b| a.timestamp.total_cmp(&b.timestamp));
     Ok(requests)
 }
 
@@ -72,11 +90,21 @@ mod tests {
     #[test]
     fn reads_mooncake_lines() {
         let trace = parse(LINE, "t").unwrap();
-        assert_eq!(trace[0].timestamp, 27);
+        assert_eq!(trace[0].timestamp.to_bits(), 27_f64.to_bits());
         assert_eq!(blocks(&trace[0], 512), [7, 8]);
         assert_eq!(blocks(&trace[0], 128).len(), 10);
         assert_eq!(blocks(&trace[0], 128)[..5], [28, 29, 30, 31, 32]);
         assert_eq!(blocks(&trace[0], 1024), [8]);
+    }
+
+    /// Goal: arrivals between two milliseconds are read, kept in order, and whole ones written as they were.
+    #[test]
+    fn fractional_timestamps_were_refused() {
+        let later = LINE.replace("27,", "27.75,");
+        let trace = parse(&format!("{later}\n{LINE}\n"), "t").unwrap();
+        let written: Vec<_> = trace.iter().map(|r| serde_json::to_string(r).unwrap()).collect();
+        assert!(parse(&LINE.replace("27,", "1e300,"), "t").unwrap_err().contains("timestamp"));
+        assert!(written[0].contains("27,") && written[1].contains("27.75,"), "{written:?}");
     }
 
     /// Goal: a broken line is refused by its number.

@@ -133,7 +133,7 @@ pub fn generate(traffic: Traffic) -> Vec<Request> {
             next_id += 1;
         }
         requests.push(Request {
-            timestamp: (seconds * 1e3) as u64,
+            timestamp: (seconds * 1e3).floor(),
             input_length: talk.tokens,
             output_length: answer,
             hash_ids,
@@ -175,8 +175,8 @@ mod tests {
             .map(|request| serde_json::to_string(request).unwrap())
             .collect();
         let trace = format::parse(&lines.join("\n"), "generated").unwrap();
-        assert!(trace.is_sorted_by_key(|request| request.timestamp));
-        let seconds = trace[499].timestamp as f64 / 1e3;
+        assert!(trace.is_sorted_by(|a, b| a.timestamp <= b.timestamp));
+        let seconds = trace[499].timestamp / 1e3;
         assert!((40.0..60.0).contains(&seconds), "{seconds}");
         for request in &trace {
             assert_eq!(request.hash_ids.len() as u64, request.input_length.div_ceil(TOKENS_PER_ID));

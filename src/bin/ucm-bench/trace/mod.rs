@@ -118,6 +118,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let mut job = Job { name: "trace".into(), batch: 8, numjobs: 4, ..Job::default() };
     job = Job { rw: Workload::Trace, ..cli::single(matches, job)? };
     job.validate()?;
+    refuse_ignored(&job)?;
     let tokens = u64::from(job.block_tokens);
     let fits = |a: u64, b: u64| a != 0 && b.is_multiple_of(a);
     if !fits(tokens, TOKENS_PER_ID) && !fits(TOKENS_PER_ID, tokens) {
@@ -132,12 +133,32 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let rate = matches.get_one::<f64>("prefill-rate").copied();
     let replay = Replay { trace: &trace, speedup, prefill_rate: rate };
     let (result, lost) = replay.run(&job, context)?;
+    let failures: u64 = result.jobs.iter().map(|job| job.tally.failures()).sum();
     let mut out = report::render(&[result], context.is_interrupted(), format);
     if format == Format::Normal {
         out += &lost;
     }
     crate::write(matches, &out)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(crate::status_of(failures))
+}
+
+/// Refuses settings that a replay would take and not heed.
+fn refuse_ignored(job: &Job) -> Result<(), String> {
+    let ignored = [
+        (
+            job.rate.is_some() || job.rate_blocks.is_some(),
+            "rate",
+            "the trace says when; see --speedup",
+        ),
+        (job.register, "register", "a replay stages its blocks through the arena"),
+        (job.insert_rate > 0.0, "insert-rate", "the trace says what is saved"),
+    ];
+    match ignored.into_iter().find(|(given, ..)| *given) {
+        None => Ok(()),
+        Some((_, name, why)) => {
+            Err(format!("trace replay does not heed --{name}; leave it out ({why})"))
+        }
+    }
 }
 
 struct Replay<'t> {
@@ -191,9 +212,9 @@ impl<'t> Replay<'t> {
     /// Lets requests arrive at their times.
     fn feed(&self, line: &Line<'t>, begin: Instant, bench: &Bench<'_>, context: &Context) {
         let progress = Progress::new(context.progress, "trace", None);
-        let first = self.trace.first().map_or(0, |request| request.timestamp);
+        let first = self.trace.first().map_or(0.0, |request| request.timestamp);
         let at = |request: &Request| {
-            Duration::from_secs_f64((request.timestamp - first) as f64 * 1e-3 / self.speedup)
+            Duration::from_secs_f64((request.timestamp - first) * 1e-3 / self.speedup)
         };
         let end = self.trace.last().map_or(Duration::ZERO, &at);
         for request in self.trace {
@@ -276,4 +297,19 @@ fn lost(tally: &Tally, shape: &Shape) -> String {
         loaded,
         (loaded * shape.bytes()) as f64 / 1e9,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what a replay does not heed is refused instead of ignored.
+    #[test]
+    fn rate_and_register_were_ignored() {
+        assert_eq!(refuse_ignored(&Job::default()), Ok(()));
+        let rate = Job { rate: Some(1e9), ..Job::default() };
+        assert!(refuse_ignored(&rate).unwrap_err().contains("--rate"));
+        let register = Job { register: true, ..Job::default() };
+        assert!(refuse_ignored(&register).unwrap_err().contains("--register"));
+    }
 }
