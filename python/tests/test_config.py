@@ -93,6 +93,46 @@ def test_model_fingerprint_is_content(tmp_path: Path) -> None:
     assert model_fingerprint(a, "name", {"rope": 2}) != prints[0]
 
 
+def safetensors(tensors: list[bytes]) -> bytes:
+    ends = [sum(map(len, tensors[: i + 1])) for i in range(len(tensors))]
+    header = json.dumps({
+        f"t{i}": {"dtype": "U8", "shape": [len(one)], "data_offsets": [end - len(one), end]}
+        for i, (one, end) in enumerate(zip(tensors, ends, strict=True))
+    } | {"__metadata__": {"format": "pt"}}).encode()  # fmt: skip
+    return len(header).to_bytes(8, "little") + header + b"".join(tensors)
+
+
+def test_one_tensor_that_was_trained_further_is_another_model(tmp_path: Path) -> None:
+    """Samples of a file missed most of its tensors, and models that differ in one shared a namespace."""
+    tensors = [bytes([i]) * 20_000 for i in range(100)]
+    prints = {model_fingerprint(model(tmp_path / "base", {}, safetensors(tensors)), "name", {})}
+    for i in range(100):
+        trained = [*tensors[:i], b"\xff" * 20_000, *tensors[i + 1 :]]
+        prints.add(model_fingerprint(model(tmp_path / str(i), {}, safetensors(trained)), "name", {}))
+    assert len(prints) == 101
+
+
+def test_what_lies_beside_safetensors_is_not_the_model(tmp_path: Path) -> None:
+    """A training_args.bin, which vLLM does not read, made another model of a copy. Alone such files count."""
+    a, b = (model(tmp_path / name, {}, safetensors([b"w" * 100])) for name in ("a", "b"))
+    (Path(b) / "training_args.bin").write_bytes(b"one")
+    (Path(b) / "pytorch_model.bin.index.json").write_text("{}")
+    assert model_fingerprint(a, "name", {}) == model_fingerprint(b, "name", {})
+    for path in (a, b):
+        (Path(path) / "model.safetensors").unlink()
+    assert model_fingerprint(a, "name", {}) != model_fingerprint(b, "name", {})
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"short", (1 << 62).to_bytes(8, "little") + b"x" * 50, (9).to_bytes(8, "little") + b"no header",
+    (2).to_bytes(8, "little") + b"[]", (12).to_bytes(8, "little") + b'{"t": "x"}  ',
+    (31).to_bytes(8, "little") + b'{"t":{"data_offsets":[-99, 9]}}', safetensors([b"x" * 9_000])[:4_000],
+])  # fmt: skip
+def test_damaged_safetensors_still_have_a_fingerprint(tmp_path: Path, content: bytes) -> None:
+    """The header is not believed: vLLM says better what is wrong with such a file."""
+    assert model_fingerprint(model(tmp_path / "m", {}, content), "name", {})
+
+
 def test_differences_are_named() -> None:
     """Namespaces that differ in one thing say in which."""
     mine = Namespace({"model": "m", "dtype": "bfloat16"}, "nhd-split")

@@ -7,12 +7,14 @@ store; ``platform.py`` finds out what runs here.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 FORMAT_VERSION: Final = 1
 """Major version of the canonical form; servers of different versions do not share."""
@@ -22,9 +24,21 @@ VOLATILE_CONFIG_KEYS: Final = frozenset(
 )
 """Keys of config.json that say nothing about what the weights compute."""
 
-WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".gguf")
+SAFETENSORS: Final = ".safetensors"
+OTHER_WEIGHTS: Final = (".bin", ".pt", ".gguf")
+"""Suffixes of weights where a directory has no safetensors; beside those vLLM does not read them."""
+
+INDEX: Final = ".index.json"
 SAMPLES_PER_FILE: Final = 16
 SAMPLE_BYTES: Final = 4096
+TENSORS_MAX: Final = 2048
+"""Tensors of a checkpoint that are sampled, evenly chosen where it has more: a model of 70e9 weights has some
+700, one of many experts some ten thousand, and each costs up to three reads."""
+SAMPLES_PER_TENSOR: Final = 3
+TENSOR_SAMPLE_BYTES: Final = 256
+"""Read at the start, in the middle and at the end of a tensor; of a file more, and more of it."""
+HEADER_BYTES_MAX: Final = 100_000_000
+"""The longest header that safetensors itself takes."""
 
 
 class NamespaceError(ValueError):
@@ -121,23 +135,59 @@ def config_digest(directory: str) -> str | None:
 def weights_digest(directory: str) -> str:
     """Digest of the weight index, the files' sizes, and samples of their content.
 
-    Two checkpoints of one architecture differ in their samples; the names of the directory and of
-    the host do not matter.
+    Of safetensors every tensor is sampled, up to :data:`TENSORS_MAX`, so that weights differ of which only
+    some were trained further; the names of the directory and of the host do not matter.
     """
     parts: list[bytes] = []
-    names = sorted(n for n in os.listdir(directory) if n.endswith(WEIGHT_SUFFIXES))
-    for name in (n for n in sorted(os.listdir(directory)) if n.endswith(".index.json")):
-        with open(os.path.join(directory, name), "rb") as file:
-            parts.append(file.read())
-    for name in names:
+    listed = sorted(os.listdir(directory))
+    tensors: list[tuple[str, int, int]] = []
+    safetensors = [n for n in listed if n.endswith(SAFETENSORS)]
+    for name in (n for n in listed if n.endswith(INDEX)):
+        if not safetensors or not name.endswith(tuple(suffix + INDEX for suffix in OTHER_WEIGHTS)):
+            with open(os.path.join(directory, name), "rb") as file:
+                parts.append(file.read())
+    for name in safetensors or (n for n in listed if n.endswith(OTHER_WEIGHTS)):
         path = os.path.join(directory, name)
         size = os.path.getsize(path)
         parts += [name.encode(), size.to_bytes(8, "little")]
-        with open(path, "rb") as file:
-            for i in range(SAMPLES_PER_FILE):
-                file.seek((size - SAMPLE_BYTES) * i // (SAMPLES_PER_FILE - 1) if size > SAMPLE_BYTES else 0)
-                parts.append(file.read(SAMPLE_BYTES))
+        with open(path, "rb", buffering=0) as whole:
+            parts += _samples(whole, 0, size, SAMPLE_BYTES, SAMPLES_PER_FILE)
+        if name.endswith(SAFETENSORS):
+            tensors += [(path, start, length) for start, length in _tensors(path, size)]
+    every = max(1, math.ceil(len(tensors) / TENSORS_MAX))
+    for path, chosen in itertools.groupby(tensors[::every], key=lambda one: one[0]):
+        with open(path, "rb", buffering=0) as shard:
+            for _, start, length in chosen:
+                parts += _samples(shard, start, length, TENSOR_SAMPLE_BYTES, SAMPLES_PER_TENSOR)
     return _digest(*parts)
+
+
+def _tensors(path: str, size: int) -> Iterator[tuple[int, int]]:
+    """Where the tensors of a safetensors file lie: offset and length in bytes, in their order in the file.
+    None where it is no such file."""
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > min(HEADER_BYTES_MAX, size):
+            return
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            spans = sorted(
+                (int(one["data_offsets"][0]), int(one["data_offsets"][1])) for one in header.values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
+            return
+    first = 8 + header_bytes
+    yield from ((first + a, b - a) for a, b in spans if 0 <= a <= b <= size - first)
+
+
+def _samples(file: IO[bytes], start: int, length: int, size: int, count: int) -> Iterator[bytes]:
+    """``count`` pieces of ``size`` bytes, evenly from the first to the last; all in one where it is short."""
+    if length <= size * count:
+        count, size = 1, length
+    for i in range(count):
+        file.seek(start + (length - size) * i // max(1, count - 1))
+        yield file.read(size)
 
 
 def model_fingerprint(directory: str | None, fallback: str, effective: Mapping[str, Any]) -> str:
