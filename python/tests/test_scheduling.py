@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from simulation import BLOCK, Simulation, expected
-from standin import World
+from standin import StandinStore, World
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from ucm.errors import Status
 from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, CAN_REPORT
+from ucm.integration.vllm.scheduler import logger
 
 LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
 
@@ -330,6 +331,47 @@ def test_short_prompts_and_opt_outs_move_nothing(model: str) -> None:
     request.skip_reading_prefix_cache = True
     again.run()
     assert world.loaded == 0
+
+
+REASONS = {
+    "": "not in namespace",
+    "stored": "",
+    "short": f"its {BLOCK} tokens have no block of {BLOCK}",
+    "opts out": "asks not to read",
+    "persist": f"its {3 * BLOCK} tokens are below persist_token_threshold, 1000",
+    "few": f"{2 * BLOCK} tokens are below load_tokens_threshold, 1000",
+    "fails": "the lookup failed, told to fail",
+}
+"""Cases, and what the log says of them."""
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_no_line_said_why_nothing_was_loaded(model: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says why a request loads nothing, and the reason is the right one."""
+    world, prompt = World(), list(range(BLOCK if case == "short" else 3 * BLOCK))
+    if case in ("stored", "few"):
+        first = Simulation(vllm_config(model), world)
+        first.add("first", prompt, 1)
+        first.run()
+    thresholds = {"persist": "persist_token_threshold", "few": "load_tokens_threshold"}
+    options = {thresholds[case]: 1000} if case in thresholds else {}
+    sim = Simulation(vllm_config(model, **options), world)
+    if case == "fails":
+
+        def fail(store: Any, ids: Any) -> int:
+            raise OSError("told to fail")
+
+        monkeypatch.setattr(StandinStore, "lookup_prefix", fail)
+    said: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda text, *values: said.append(text % values))
+    request = sim.add("r", prompt, 1)
+    request.skip_reading_prefix_cache = case == "opts out"
+    sim.run()
+    lines = [line for line in said if "loads nothing external" in line]
+    assert len(lines) == (case != "stored")
+    assert all(REASONS[case] in line for line in lines)
+    assert all(("not in namespace" in line) == (case == "") for line in lines)
+    assert (world.loaded > 0) == (case == "stored")
 
 
 @pytest.mark.parametrize(("asynchronous", "depth"), MODES)

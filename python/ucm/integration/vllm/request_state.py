@@ -16,8 +16,9 @@ class RequestState:
     """What the scheduler side knows of one request."""
 
     __slots__ = (
-        "cap", "chain", "frozen", "gap", "held", "hits", "in_step", "load_first", "load_slots", "lookup_at",
-        "lookup_key", "request", "save_step", "saved", "sources", "table", "told", "wait", "whole",
+        "cap", "chain", "explained", "failure", "frozen", "gap", "held", "hits", "in_step", "load_first",
+        "load_slots", "lookup_at", "lookup_key", "request", "save_step", "saved", "sources", "table", "told",
+        "wait", "whole",
     )  # fmt: skip
 
     def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
@@ -49,7 +50,12 @@ class RequestState:
         """The hold for the load to come."""
         self.whole = False
         """It loads whole blocks, since they could not be held."""
+        self.failure = ""
+        """Why the last lookup failed; empty: it did not."""
         self.told = False
+        """Whether the log says what was hit."""
+        self.explained = False
+        """Whether the log says why nothing is loaded."""
         self.frozen = False
         """The weights changed while it ran: it neither loads nor saves."""
 

@@ -101,19 +101,13 @@ class SchedulerSide:
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed_tokens`` the store holds; None: ask again."""
         state = self._state(request)
-        if not self._loads or request.skip_reading_prefix_cache or self._is_short(request) or state.frozen:
+        if not self._loads:
             return 0, False
-        if computed_tokens % self._block_tokens:
-            return 0, False
-        size = self._block_tokens
-        # At least one token is always computed: the last one has to be, to sample the next.
-        limit = (request.num_tokens - 1) // size
-        if self._config.hit_ratio < 1:
-            limit = int(limit * self._config.hit_ratio)
-        if state.cap is not None:
-            limit = min(limit, state.cap)
-        first = computed_tokens // size
-        if limit <= first:
+        first, limit = computed_tokens // self._block_tokens, self._limit(state)
+        obstacle = self._obstacle(state, computed_tokens, limit)
+        if obstacle:
+            if not state.told:
+                self._explain(state, obstacle)
             return 0, False
         now = time.monotonic()
         key = (first, limit)
@@ -127,12 +121,40 @@ class SchedulerSide:
             return None, False
         if not state.told:
             self._tell(state, computed_tokens)
-        tokens = state.hits * size
+        tokens = state.hits * self._block_tokens
         if tokens == 0 or tokens < self._config.load_tokens_threshold:
             return 0, False
         if not self._loads_in_step or state.whole or state.sources:
             return tokens, True
         return self._held_tokens(state, first, now)
+
+    def _limit(self, state: RequestState) -> int:
+        """The block that loads end before: at least the last token is computed, to sample the next."""
+        limit: int = (state.request.num_tokens - 1) // self._block_tokens
+        if self._config.hit_ratio < 1:
+            limit = int(limit * self._config.hit_ratio)
+        return limit if state.cap is None else min(limit, state.cap)
+
+    def _obstacle(self, state: RequestState, computed_tokens: int, limit: int) -> str:
+        """Why the store is not asked about a request; empty: it is."""
+        request, size = state.request, self._block_tokens
+        if request.skip_reading_prefix_cache:
+            return "it asks not to read the prefix cache"
+        if self._is_short(request):
+            least = self._config.persist_token_threshold
+            return f"its {request.num_prompt_tokens} tokens are below persist_token_threshold, {least}"
+        if state.frozen:
+            return "the weights changed while it ran"
+        if computed_tokens % size:
+            return f"vLLM has {computed_tokens} tokens of it, which do not end with a block of {size}"
+        if request.num_tokens <= size:
+            return f"its {request.num_tokens} tokens have no block of {size} before the last token"
+        if limit <= computed_tokens // size:
+            return (
+                f"of its {request.num_tokens} tokens {limit} blocks of {size} may be loaded, "
+                f"and vLLM has {computed_tokens // size}"
+            )
+        return ""
 
     def _held_tokens(self, state: RequestState, first: int, now: float) -> tuple[int | None, bool]:
         """What of the hits is in the workers' memory, so that a step can load it layer by layer."""
@@ -170,9 +192,10 @@ class SchedulerSide:
         ids = state.chain.upto(state.request, limit)
         try:
             state.hits, state.sources = self._siblings.prefix(self._store, ids[first:])
+            state.failure = ""
         except Exception as error:  # a store that fails is a store that holds nothing
             logger.warning("lookup failed, request %s computes: %s", state.request.request_id, error)
-            state.hits = 0
+            state.hits, state.failure = 0, str(error)
         state.lookup_key, state.lookup_at = (first, limit), now
 
     def _arrived(self, state: RequestState, first: int, limit: int, now: float) -> bool:
@@ -220,18 +243,27 @@ class SchedulerSide:
         request, size = state.request, self._block_tokens
         self.stats.add("queried_tokens", request.num_tokens)
         self.stats.add("hbm_hit_tokens", computed_tokens)
-        hits = state.hits * size
         logger.info(
             "request_id: %s, total_blocks_num: %d, hit hbm: %d, hit external: %d",
             request.request_id, request.num_tokens // size, computed_tokens // size, state.hits,
         )  # fmt: skip
-        if hits == 0 and state.chain is not None and len(state.chain) > computed_tokens // size:
-            logger.info(
-                "request_id: %s hit nothing external: block %d (id %s) is not in namespace %s, order %s",
-                request.request_id, computed_tokens // size,
-                state.chain.upto(request, computed_tokens // size + 1)[-1].tobytes().hex(),
-                self._namespace.logical, self._namespace.order,
-            )  # fmt: skip
+        least = self._config.load_tokens_threshold
+        if state.failure:
+            self._explain(state, f"the lookup failed, {state.failure}")
+        elif state.hits == 0:
+            block = computed_tokens // size
+            name = state.chain.upto(request, block + 1)[-1].tobytes().hex()
+            where = f"namespace {self._namespace.logical}, order {self._namespace.order}"
+            self._explain(state, f"block {block} (id {name}) is not in {where}")
+        elif state.hits * size < least:
+            self._explain(state, f"{state.hits * size} tokens are below load_tokens_threshold, {least}")
+
+    @staticmethod
+    def _explain(state: RequestState, reason: str) -> None:
+        """Says once why a request loads nothing."""
+        if not state.explained:
+            state.explained = True
+            logger.info("request_id: %s loads nothing external: %s", state.request.request_id, reason)
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """vLLM has given memory to the tokens that ``matched`` promised."""
