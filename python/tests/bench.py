@@ -26,6 +26,9 @@ CONNECTOR_KEYS = ("use_layerwise", "enable_event_sync", "handoff", "handoff_wait
 OTHER = os.environ.get("UCM_TEST_OTHER_PYTHON", "")
 """The interpreter of a vLLM of another version."""
 
+AMX = not ON_GPU and " amx_tile" in Path("/proc/cpuinfo").read_text()
+"""Whether vLLM's kernels use AMX, whose byte order is private: no other version reads it."""
+
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
