@@ -84,12 +84,12 @@ static struct stub_stream *stream_of(const char *call, aclrtStream stream) {
     if (!stream) {
         pthread_mutex_lock(&stream_lock);
         if (!default_stream) {
-            default_stream = stub_stream_new();
+            default_stream = stub_stream_new(NULL);
         }
         pthread_mutex_unlock(&stream_lock);
         return default_stream;
     }
-    stub_stream_check(call, stream);
+    stub_stream_check(call, stream, current);
     return stream;
 }
 
@@ -179,7 +179,7 @@ API aclmdlRICaptureGetInfo(aclrtStream stream, int *status, void **model) {
 
 API aclrtCreateStream(aclrtStream *stream) {
     ENTER_CONTEXT("aclrtCreateStream");
-    *stream = stub_stream_new();
+    *stream = stub_stream_new(current);
     return OK;
 }
 
@@ -215,7 +215,7 @@ API aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag) {
     if (flag != 1) {
         stub_misuse("aclrtCreateEventExWithFlag", "streams cannot wait for an event of flag %u", flag);
     }
-    *event = stub_event_new();
+    *event = stub_event_new(current);
     return OK;
 }
 

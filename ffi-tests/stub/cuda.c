@@ -87,12 +87,12 @@ struct stub_stream *cuda_stream_of(const char *call, CUstream stream) {
     if ((uintptr_t)stream <= 2) {
         pthread_mutex_lock(&context_lock);
         if (!default_stream) {
-            default_stream = stub_stream_new();
+            default_stream = stub_stream_new(NULL);
         }
         pthread_mutex_unlock(&context_lock);
         return default_stream;
     }
-    stub_stream_check(call, (struct stub_stream *)stream);
+    stub_stream_check(call, (struct stub_stream *)stream, depth ? stack[depth - 1] : NULL);
     return (struct stub_stream *)stream;
 }
 
@@ -240,14 +240,14 @@ API cuStreamCreateWithPriority(CUstream *stream, unsigned int flags, int priorit
     if (flags != 1) {
         stub_misuse("cuStreamCreateWithPriority", "the stream would wait for the default stream");
     }
-    *stream = (CUstream)stub_stream_new();
+    *stream = (CUstream)stub_stream_new(stack[depth - 1]);
     return OK;
 }
 
 /* What programs beside the store make their streams with. */
 API cuStreamCreate(CUstream *stream, unsigned int flags) {
     (void)flags;
-    *stream = (CUstream)stub_stream_new();
+    *stream = (CUstream)stub_stream_new(NULL);
     return OK;
 }
 
@@ -297,7 +297,7 @@ API cuEventCreate(CUevent *event, unsigned int flags) {
     if ((flags & 2) == 0 || flags > 3) {
         stub_misuse("cuEventCreate", "an event with timing costs time");
     }
-    *event = (CUevent)stub_event_new();
+    *event = (CUevent)stub_event_new(stack[depth - 1]);
     return OK;
 }
 

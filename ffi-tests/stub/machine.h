@@ -47,17 +47,22 @@ char *stub_reach(const void *address);
 struct stub_stream;
 struct stub_event;
 
-struct stub_stream *stub_stream_new(void);
-void stub_stream_check(const char *call, struct stub_stream *stream);
+/* Streams and events belong to the context that was current when they were made; NULL: the model's, or the default
+ * stream's, which go with every context. */
+struct stub_stream *stub_stream_new(const void *context);
+/* Ends the process unless it is a live stream of this context. */
+void stub_stream_check(const char *call, struct stub_stream *stream, const void *context);
 void stub_stream_destroy(const char *call, struct stub_stream *stream);
 bool stub_stream_idle(struct stub_stream *stream);
 void stub_stream_wait_idle(struct stub_stream *stream);
 
-struct stub_event *stub_event_new(void);
+struct stub_event *stub_event_new(const void *context);
 /* Whether the handle is a live event. */
 bool stub_event_known(struct stub_event *event);
 void stub_event_destroy(const char *call, struct stub_event *event);
+/* The event must belong to the context of the stream. */
 void stub_record(struct stub_event *event, struct stub_stream *stream);
+/* The event must have been recorded. */
 void stub_wait(struct stub_stream *stream, struct stub_event *event);
 bool stub_event_done(struct stub_event *event);
 /* Blocks until it has happened, or everything is dead. */

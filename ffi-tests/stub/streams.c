@@ -38,6 +38,7 @@ struct operation {
 
 struct stub_stream {
     uint64_t magic;
+    const void *context;
     pthread_t thread;
     pthread_cond_t work; /* something was queued, or the stream destroyed */
     struct operation *first, *last;
@@ -47,6 +48,7 @@ struct stub_stream {
 
 struct stub_event {
     uint64_t magic;
+    const void *context;
     struct token *token;
 };
 
@@ -210,8 +212,13 @@ static void *stream_main(void *argument) {
     return NULL;
 }
 
-struct stub_stream *stub_stream_new(void) {
+static bool differ(const void *one, const void *other) {
+    return one && other && one != other;
+}
+
+struct stub_stream *stub_stream_new(const void *context) {
     struct stub_stream *stream = calloc(1, sizeof *stream);
+    stream->context = context;
     stream->magic = STREAM_MAGIC;
     pthread_cond_init(&stream->work, NULL);
     pthread_mutex_lock(&stub_lock);
@@ -227,14 +234,17 @@ struct stub_stream *stub_stream_new(void) {
     return stream;
 }
 
-void stub_stream_check(const char *call, struct stub_stream *stream) {
+void stub_stream_check(const char *call, struct stub_stream *stream, const void *context) {
     if (!stream || stream->magic != STREAM_MAGIC) {
         stub_misuse(call, "%p is not a live stream", (void *)stream);
+    }
+    if (differ(stream->context, context)) {
+        stub_misuse(call, "stream %p belongs to another context", (void *)stream);
     }
 }
 
 void stub_stream_destroy(const char *call, struct stub_stream *stream) {
-    stub_stream_check(call, stream);
+    stub_stream_check(call, stream, NULL);
     pthread_mutex_lock(&stub_lock);
     stream->destroyed = true;
     pthread_cond_signal(&stream->work);
@@ -282,13 +292,14 @@ void stub_quiesce(void) {
 
 /* ---- events ---- */
 
-struct stub_event *stub_event_new(void) {
+struct stub_event *stub_event_new(const void *context) {
     pthread_mutex_lock(&stub_lock);
     if (events_made == EVENTS_MAX) {
         stub_misuse("event", "more than %d were made", EVENTS_MAX);
     }
     struct stub_event *event = &events[events_made++];
     event->magic = EVENT_MAGIC;
+    event->context = context;
     live_events++;
     pthread_mutex_unlock(&stub_lock);
     return event;
@@ -316,6 +327,9 @@ void stub_event_destroy(const char *call, struct stub_event *event) {
 }
 
 void stub_record(struct stub_event *event, struct stub_stream *stream) {
+    if (differ(event->context, stream->context)) {
+        stub_misuse("record", "event %p and stream %p belong to different contexts", (void *)event, (void *)stream);
+    }
     struct operation *operation = operation_new("record", RECORD);
     struct token *token = calloc(1, sizeof *token);
     token->references = 2;
@@ -329,13 +343,14 @@ void stub_record(struct stub_event *event, struct stub_stream *stream) {
 
 void stub_wait(struct stub_stream *stream, struct stub_event *event) {
     pthread_mutex_lock(&stub_lock);
-    if (event->token) {
-        struct operation *operation = operation_new("wait", WAIT);
-        operation->token = event->token;
-        operation->token->references++;
-        operation->token->waiting++;
-        enqueue(stream, operation);
+    if (!event->token) {
+        stub_misuse("wait", "event %p was never recorded, so nothing would be waited for", (void *)event);
     }
+    struct operation *operation = operation_new("wait", WAIT);
+    operation->token = event->token;
+    operation->token->references++;
+    operation->token->waiting++;
+    enqueue(stream, operation);
     pthread_mutex_unlock(&stub_lock);
 }
 
@@ -460,7 +475,7 @@ void ucm_stub_device_free(void *base) {
 }
 
 void *ucm_stub_stream_new(void) {
-    return stub_stream_new();
+    return stub_stream_new(NULL);
 }
 
 void ucm_stub_stream_destroy(void *stream) {
@@ -472,7 +487,7 @@ void ucm_stub_stream_sync(void *stream) {
 }
 
 void *ucm_stub_event_new(void) {
-    return stub_event_new();
+    return stub_event_new(NULL);
 }
 
 void ucm_stub_event_record(void *event, void *stream) {

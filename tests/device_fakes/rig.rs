@@ -30,8 +30,13 @@ impl<'f> Rig<'f> {
 
     /// On a fake that may have been told what to fail.
     pub fn open(fake: &'f Fake, arena_bytes: usize) -> Result<Self> {
+        Self::open_on(fake, 0, arena_bytes)
+    }
+
+    /// On a device of this ordinal.
+    pub fn open_on(fake: &'f Fake, device_id: i32, arena_bytes: usize) -> Result<Self> {
         let (arena, registered) = (Pages::new(arena_bytes), fake.live()[4]);
-        let device = open(device_kind(fake.kind()), 0)?;
+        let device = open(device_kind(fake.kind()), device_id)?;
         // SAFETY: unpinned by drop before the pages go.
         let pinned = unsafe { device.pin(arena.base, arena.bytes) };
         let cannot = fake.is_old() && !fake.is_cuda();

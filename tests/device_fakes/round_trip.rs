@@ -4,7 +4,7 @@ use ucm::block::SliceShape;
 use ucm::device::Staging;
 use ucm::error::{ErrorKind, Result};
 
-use crate::fakes::{ALL, Fake, Kind, Memory};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory};
 use crate::rig::Rig;
 use crate::shards::{
     Slices, behind, few_shapes, gathered, layout, pattern, scattered, shapes, shard_bytes,
@@ -116,6 +116,25 @@ fn round_trips_are_exact() {
         if fake.is_cuda() {
             assert_eq!(fake.depth(), 0, "a context was left on the caller's stack");
         }
+    }
+}
+
+/// Goal: two devices in one process keep to their own contexts: the fakes abort where a stream or an event of the
+/// one is used under the context of the other.
+#[test]
+fn a_second_device_has_its_own_context() {
+    let shapes = few_shapes();
+    for &kind in EACH_DRIVER {
+        let (fake, shard) = (Fake::take(kind), Shard::new(&shapes));
+        let bytes = pattern(shard.span, 9);
+        let open = |device_id| Rig::open_on(&fake, device_id, 2 * shard.slot).unwrap();
+        let mut rigs = [open(0), open(1)];
+        for (seed, rig) in rigs.iter_mut().enumerate() {
+            assert!(save(&fake, rig, &shard, &bytes, 100).unwrap(), "{kind:?}");
+            assert!(load(&fake, rig, &shard, &bytes, 10 + seed), "{kind:?}");
+        }
+        drop(rigs);
+        fake.assert_no_leak();
     }
 }
 
