@@ -20,14 +20,13 @@ use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
 use crate::report::GB;
 use crate::run::{self, Context, GroupResult};
+use crate::transfer::UNSERVED;
 use crate::units::show_size;
 
 /// Seconds of a measurement where `--runtime` gives none.
 const RUNTIME: Duration = Duration::from_secs(4);
 /// What the drive is taken to save at most, to know how many blocks a run may need.
 const SAVE_BYTES_PER_SECOND: u64 = 4 << 30;
-/// How a job reports loads that had arrived and not begun at its end: with Poisson arrivals a few may.
-const UNSERVED: &str = "UNSERVED";
 /// Levels of best effort, as the engine gives them to loads and saves.
 const LOAD_PRIORITY: u32 = 0;
 const SAVE_PRIORITY: u32 = 4;

@@ -6,20 +6,22 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::abi::Store;
-use crate::job::{Job, Workload};
+use crate::job::{Job, RateProcess, Workload};
 use crate::memory::Mapping;
 use crate::model::Shape;
 use crate::options;
 use crate::pattern::block_id;
 use crate::random::Random;
-use crate::source::{ABSENT, INSERTED, Source, Work};
+use crate::source::{ABSENT, Arrivals, INSERTED, Source, Work};
 use crate::tally::Tally;
-use crate::transfer::{Bench, Transfer, pages_needed};
+use crate::transfer::{Bench, Transfer, UNSERVED, pages_needed};
 
 /// Batches of keys that are made before the clock starts, and then asked for in turn.
 const POOL_BATCHES: usize = 4096;
 /// Lookups and hashes of a job without a runtime, in keys or blocks.
 const KEYS_MIN: u64 = 1_000_000;
+/// Blocks that the inserting thread has in flight at most.
+pub const INSERT_DEPTH: u32 = 32;
 /// Restarts of a job without a runtime.
 const OPENS: u64 = 5;
 /// Memory that memcpy reads from, at most: well beyond any processor cache.
@@ -116,24 +118,30 @@ fn lookup(bench: &Bench<'_>, blocks: u64, clone: u32) -> Tally {
     tally
 }
 
-/// Saves blocks of its own at the job's `insert_rate` while lookups run.
-pub fn insert(bench: &Bench<'_>, pages: &crate::memory::Pages) -> u64 {
-    let job =
-        Job { rw: Workload::Save, iodepth: 32, batch: 1, layerwise: false, ..bench.job.clone() };
+/// Saves blocks of its own at the job's `insert_rate` while lookups run, `INSERT_DEPTH` in flight at most. What it
+/// saved and what failed is told apart from the lookups.
+pub fn insert(bench: &Bench<'_>, pages: &crate::memory::Pages) -> Tally {
+    let job = Job {
+        rw: Workload::Save,
+        iodepth: INSERT_DEPTH,
+        batch: 1,
+        numjobs: 1,
+        layerwise: false,
+        rate_process: RateProcess::Linear,
+        ..bench.job.clone()
+    };
     let inner = Bench { job: &job, ..*bench };
-    let begin = Instant::now();
-    let mut inserted = 0;
-    while !stopped(bench) {
-        let wanted = (begin.elapsed().as_secs_f64() * bench.job.insert_rate) as u64;
-        for number in inserted..wanted {
-            let direction = crate::abi::Direction::Save;
-            let mut work = Some(Work { direction, numbers: vec![INSERTED + number] });
-            Transfer::new(&inner, pages).run(&mut || work.take(), None);
-        }
-        inserted = wanted.max(inserted);
-        std::thread::sleep(Duration::from_millis(1));
+    let arrivals = Arrivals::new(&job, job.insert_rate, job.batch, 0);
+    let mut numbers = INSERTED..;
+    let mut next =
+        || Some(Work { direction: crate::abi::Direction::Save, numbers: vec![numbers.next()?] });
+    let saved = Transfer::new(&inner, pages).run(&mut next, Some(arrivals));
+    let mut tally = Tally { inserted: saved.blocks, busy: saved.busy, ..Tally::default() };
+    // The rate reached tells of those that stood in line.
+    for (name, error) in saved.errors.iter().filter(|(name, _)| name.as_str() != UNSERVED) {
+        tally.error(format!("insert {name}"), error.count, || error.example.clone());
     }
-    inserted
+    tally
 }
 
 fn hash(bench: &Bench<'_>, clone: u32) -> Tally {

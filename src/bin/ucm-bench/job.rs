@@ -277,6 +277,9 @@ impl Job {
                     .into(),
             );
         }
+        if self.insert_rate > 0.0 && self.rw.moves_bytes() {
+            return told("insert_rate saves beside lookups; rw=mixed saves beside loads".into());
+        }
         if self.rw == Workload::Memcpy && self.numjobs > 1 {
             return told("rw=memcpy is measured on one thread; leave numjobs out".into());
         }
@@ -336,6 +339,7 @@ mod tests {
             (Job { directories: vec![], ..job.clone() }, "--directory"),
             (Job { batch: 64, ..job.clone() }, "iodepth"),
             (Job { time_based: true, ..job.clone() }, "runtime"),
+            (Job { insert_rate: 1.0, ..job.clone() }, "rw=mixed"),
             (Job { device: "tpu".into(), ..job.clone() }, "tpu"),
             (Job { block_size: 100, layers: 3, ..job.clone() }, "block-size"),
         ];

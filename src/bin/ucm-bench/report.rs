@@ -113,6 +113,8 @@ pub struct JobReport {
     pub gb_per_second: f64,
     /// Blocks (or keys) a second.
     pub blocks_per_second: f64,
+    /// Blocks a second that the inserting thread saved; null without `insert_rate`.
+    pub inserts_per_second: Option<f64>,
     /// Share of the blocks asked for that were there.
     pub hit_ratio: Option<f64>,
     /// Share of the parts asked for that lay in the Cache tier, as the store counts it.
@@ -206,6 +208,8 @@ impl JobReport {
             bytes: tally.bytes,
             gb_per_second: tally.bytes as f64 / GB / seconds.max(1e-9),
             blocks_per_second: tally.blocks as f64 / seconds.max(1e-9),
+            inserts_per_second: (job.insert_rate > 0.0)
+                .then(|| tally.inserted as f64 / seconds.max(1e-9)),
             hit_ratio: ratio(tally.present as f64, tally.asked as f64),
             cache_hit_ratio: cache_hits(&result.metrics),
             busy: tally.busy,
@@ -388,6 +392,10 @@ fn job_table(out: &mut String, job: &JobReport, settings: &Job) {
             None => out.push('\n'),
         }
     }
+    if let Some(inserts) = job.inserts_per_second {
+        let _ =
+            writeln!(out, "  inserts {inserts:.0}/s of {:.0}/s asked for", settings.insert_rate);
+    }
     if job.busy > 0 {
         let _ = writeln!(out, "  busy {} (submit calls refused for now, tried again)", job.busy);
     }
@@ -474,6 +482,17 @@ mod tests {
         let p99 = job["latency_us"]["loaded"]["p99"].as_f64().unwrap();
         assert!((499.0..501.0).contains(&p99), "{p99}");
         assert_eq!(job["gb_per_second"].as_f64().unwrap(), (4 << 20) as f64 / 2e9);
+    }
+
+    /// Goal: a thread that inserts less than it was asked to is seen in table and JSON.
+    #[test]
+    fn the_rate_of_inserts_was_not_reported() {
+        let mut results = results();
+        let job = &mut results[0].jobs[0];
+        (job.job.insert_rate, job.tally.inserted) = (2000.0, 3000);
+        let text = render(&results, false, Format::Normal);
+        assert!(text.contains("inserts 1500/s of 2000/s"), "{text}");
+        assert!(render(&results, false, Format::Json).contains("\"inserts_per_second\": 1500.0"));
     }
 
     /// Goal: every CSV line has the columns of its head, also with a comma in a job's name.

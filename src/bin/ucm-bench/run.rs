@@ -281,7 +281,7 @@ impl<'a> Ready<'a> {
         }
         let allocate = device::allocator(&self.job.device, self.job.device_id)?;
         for clone in 0..self.job.numjobs as usize {
-            let count = if inserts { 32 } else { pages_needed(self.job) };
+            let count = if inserts { calls::INSERT_DEPTH as usize } else { pages_needed(self.job) };
             let pages = Pages::new(&self.shape, count, allocate.as_ref())?;
             for page in 0..count {
                 // Not zeros: some drives and file systems store those in no time.
@@ -382,8 +382,8 @@ fn measure(jobs: &[Ready<'_>], context: &Context) -> Result<GroupResult, String>
     }
     let mut mark = Mark::now(&context.syscalls);
     let mut begin = Instant::now();
-    let (results, cost) = std::thread::scope(|scope| {
-        let mut threads = Vec::new();
+    let (results, inserts, cost) = std::thread::scope(|scope| {
+        let (mut threads, mut inserting) = (Vec::new(), Vec::new());
         let (ended, ends) = std::sync::mpsc::channel::<()>();
         for (ready, shared) in jobs.iter().zip(&shared) {
             for clone in 0..ready.job.numjobs {
@@ -394,9 +394,8 @@ fn measure(jobs: &[Ready<'_>], context: &Context) -> Result<GroupResult, String>
                     one_thread(ready, shared, clone)
                 }));
             }
-            if ready.job.insert_rate > 0.0 {
-                scope.spawn(move || insert_thread(ready, shared));
-            }
+            let inserts = ready.job.insert_rate > 0.0;
+            inserting.push(inserts.then(|| scope.spawn(move || insert_thread(ready, shared))));
         }
         drop(ended);
         let mut ramping = !counts;
@@ -420,10 +419,12 @@ fn measure(jobs: &[Ready<'_>], context: &Context) -> Result<GroupResult, String>
         let cost = mark.cost(&context.syscalls);
         // The threads that insert run as long as the others.
         shared.iter().for_each(|shared| shared.stop.store(true, Ordering::Relaxed));
-        (threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>(), cost)
+        let inserts = inserting.into_iter().map(|thread| thread.map(|thread| thread.join()));
+        let inserts = inserts.collect::<Vec<_>>();
+        (threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>(), inserts, cost)
     });
     progress.end();
-    gather(jobs, results, begin, cost)
+    gather(jobs, results, inserts, begin, cost)
 }
 
 /// How long the main thread may sleep: to the next end of a ramp or of a runtime, or one tick.
@@ -437,12 +438,13 @@ fn next_look(jobs: &[Ready<'_>], ramp: Option<Duration>, elapsed: Duration) -> D
 fn gather(
     jobs: &[Ready<'_>],
     results: Vec<std::thread::Result<(Tally, Instant)>>,
+    inserts: Vec<Option<std::thread::Result<Tally>>>,
     begin: Instant,
     cost: Cost,
 ) -> Result<GroupResult, String> {
     let mut results = results.into_iter();
     let mut out = Vec::new();
-    for ready in jobs {
+    for (ready, inserted) in jobs.iter().zip(inserts) {
         let mut tally = Tally::default();
         let mut end = begin;
         for result in results.by_ref().take(ready.job.numjobs as usize) {
@@ -450,6 +452,11 @@ fn gather(
                 result.map_err(|_| format!("a thread of {} panicked", ready.job.name))?;
             tally.add(&seen);
             end = end.max(ended);
+        }
+        if let Some(inserted) = inserted {
+            let inserted =
+                inserted.map_err(|_| format!("the inserts of {} panicked", ready.job.name))?;
+            tally.add(&inserted);
         }
         let metrics =
             ready.stores.first().and_then(|store| store.metrics().ok()).unwrap_or_default();
@@ -487,11 +494,11 @@ fn one_thread(ready: &Ready<'_>, shared: &Shared, clone: u32) -> (Tally, Instant
     (tally, Instant::now())
 }
 
-fn insert_thread(ready: &Ready<'_>, shared: &Shared) {
+fn insert_thread(ready: &Ready<'_>, shared: &Shared) -> Tally {
     let store = &ready.stores[0];
     let bench =
         Bench { job: ready.job, shape: &ready.shape, store, seed: data_seed(ready.job), shared };
-    calls::insert(&bench, &ready.pages[0]);
+    calls::insert(&bench, &ready.pages[0])
 }
 
 #[cfg(test)]

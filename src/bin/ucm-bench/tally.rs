@@ -84,6 +84,8 @@ pub struct Tally {
     pub errors: BTreeMap<String, ErrorCount>,
     /// Blocks whose bytes were wrong (`verify`).
     pub wrong: u64,
+    /// Blocks that the inserting thread saved (`insert_rate`).
+    pub inserted: u64,
     /// Submit calls that the queue refused for now.
     pub busy: u64,
 }
@@ -116,6 +118,7 @@ impl Tally {
         self.asked += other.asked;
         self.present += other.present;
         self.wrong += other.wrong;
+        self.inserted += other.inserted;
         self.busy += other.busy;
     }
 

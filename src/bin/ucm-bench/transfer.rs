@@ -20,6 +20,9 @@ const LOOK_UP: Duration = Duration::from_millis(100);
 /// How long a submission waits that the queue refused: full of other threads' work, it may wake nobody here.
 const RETRY: Duration = Duration::from_micros(100);
 
+/// How a job reports blocks that had arrived and not begun at its end: with Poisson arrivals a few may.
+pub const UNSERVED: &str = "UNSERVED";
+
 /// What threads of a run share.
 #[derive(Default)]
 pub struct Shared {
@@ -148,7 +151,7 @@ impl<'a> Transfer<'a> {
             let unserved = arrivals.passed_by(stopped.unwrap_or_else(|| begin.elapsed()))
                 * u64::from(self.bench.job.batch);
             if unserved > 0 {
-                self.tally.error("UNSERVED".into(), unserved, || {
+                self.tally.error(UNSERVED.into(), unserved, || {
                     "blocks still in line at the end: the rate is more than the store carries"
                         .into()
                 });
