@@ -71,7 +71,7 @@ fn start() -> Result<ExitCode, String> {
     // Counting begins before any thread is made, so that all are counted.
     let syscalls = meter::Syscalls::start();
     let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in ENDING.into_iter().filter(|&signal| !is_ignored(signal)) {
+    for signal in ENDING.into_iter().filter(|&signal| !spared_by_nohup(signal)) {
         end_on(signal, &interrupted).map_err(|error| format!("signal handler: {error}"))?;
     }
     let context = |matches: &ArgMatches| Context {
@@ -104,12 +104,14 @@ fn start() -> Result<ExitCode, String> {
     }
 }
 
-/// Whether the process was started with this signal ignored, as `nohup` starts it: then it stays so.
-fn is_ignored(signal: i32) -> bool {
+/// Whether `nohup` started the process with SIGHUP ignored: then it stays so. Shells start every background job of
+/// a script with SIGINT ignored, and a script that sends it means it.
+fn spared_by_nohup(signal: i32) -> bool {
     // SAFETY: an all-zero sigaction is a value of the struct; a null new action only asks.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, std::ptr::null(), &mut action) == 0
+        signal == libc::SIGHUP
+            && libc::sigaction(signal, std::ptr::null(), &mut action) == 0
             && action.sa_sigaction == libc::SIG_IGN
     }
 }
@@ -200,13 +202,23 @@ mod tests {
         assert_eq!(status_of(1), ExitCode::from(EXIT_FAILURES));
     }
 
+    /// Goal: `kill -INT` of a script's background job, whose shell had SIGINT ignored, ends it in order.
+    #[test]
+    fn background_job_did_not_hear_sigint() {
+        // SAFETY: ignores a signal that no test sends; its old action is put back.
+        let old = unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
+        assert!(!spared_by_nohup(libc::SIGINT));
+        // SAFETY: as above.
+        unsafe { libc::signal(libc::SIGINT, old) };
+    }
+
     /// Goal: a terminal that closes ends the run in order, which removes its files.
     #[test]
     fn sighup_left_files_behind() {
         let interrupted = Arc::new(AtomicBool::new(false));
         let hangup = ENDING.into_iter().find(|&signal| signal == libc::SIGHUP).unwrap();
         end_on(hangup, &interrupted).unwrap();
-        assert!(!is_ignored(hangup));
+        assert!(!spared_by_nohup(hangup));
         signal_hook::low_level::raise(hangup).unwrap();
         assert!(interrupted.load(Ordering::Relaxed));
     }
