@@ -15,17 +15,13 @@ use serde_json::json;
 
 const STREAMS: usize = 1000;
 
-fn is_probe(seen: &Seen) -> bool {
-    seen.method == "GET"
-}
-
 fn prefills(seen: &Seen) -> Script {
-    let of = if is_probe(seen) { json!(null) } else { seen.json()["prompt"].clone() };
+    let of = if seen.is_probe() { json!(null) } else { seen.json()["prompt"].clone() };
     Script::json(200, &json!({"kv_transfer_params": {"ucm": {"of": of}}}))
 }
 
 fn hangs(seen: &Seen) -> Script {
-    if is_probe(seen) { Script::json(200, &json!({})) } else { Script::Hang }
+    if seen.is_probe() { Script::json(200, &json!({})) } else { Script::Hang }
 }
 
 async fn is_quiet(proxy: &Proxy) -> bool {
@@ -40,7 +36,7 @@ fn a_client_that_leaves_cancels_whatever_runs_for_it() {
         let body = "{\"prompt\":\"x\",\"stream\":true}";
         let begin = vec![bytes("data: {}\n\n"), Step::Hang];
         let streams = move |seen: &Seen| {
-            if is_probe(seen) {
+            if seen.is_probe() {
                 Script::json(200, &json!({}))
             } else {
                 Script::events(begin.clone())
@@ -87,7 +83,7 @@ fn a_thousand_streams_at_once() {
     // its own handoff, both decoders and both prefillers work, and all is quiet afterwards.
     block_on(async {
         let echo = |seen: &Seen| {
-            if is_probe(seen) {
+            if seen.is_probe() {
                 return Script::json(200, &json!({}));
             }
             let prompt = seen.json()["prompt"].clone();
@@ -146,7 +142,7 @@ fn half_of_many_clients_vanish() {
     // Goal: those who stay get everything, what ran for the others ends.
     block_on(async {
         let echo = |seen: &Seen| {
-            if is_probe(seen) {
+            if seen.is_probe() {
                 return Script::json(200, &json!({}));
             }
             let leave = seen.json()["leave"] == json!(true);

@@ -14,13 +14,9 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-fn is_probe(seen: &Seen) -> bool {
-    seen.method == "GET"
-}
-
 fn good(name: &'static str) -> impl Fn(&Seen) -> Script + Send + Sync + 'static {
     move |seen| {
-        if !is_probe(seen) && seen.json()["stream"] == json!(true) {
+        if !seen.is_probe() && seen.json()["stream"] == json!(true) {
             let event = format!("data: {{\"of\":\"{name}\"}}\n\n");
             return Script::events(vec![bytes(event), bytes("data: [DONE]\n\n")]);
         }
@@ -31,7 +27,7 @@ fn good(name: &'static str) -> impl Fn(&Seen) -> Script + Send + Sync + 'static 
 
 /// Healthy when probed, otherwise this.
 fn except_probes(script: Script) -> impl Fn(&Seen) -> Script + Send + Sync + 'static {
-    move |seen| if is_probe(seen) { Script::json(200, &json!({})) } else { script.clone() }
+    move |seen| if seen.is_probe() { Script::json(200, &json!({})) } else { script.clone() }
 }
 
 async fn ask(proxy: &Proxy) -> Value {
@@ -332,7 +328,7 @@ fn a_failing_server_is_ejected_and_comes_back_slowly() {
         let prefill = Server::start(good("prefill")).await;
         let whole = Server::start(good("decode")).await;
         let flaky = Server::start(move |seen| {
-            let well = state.load(SeqCst) || is_probe(seen);
+            let well = state.load(SeqCst) || seen.is_probe();
             if well { Script::json(200, &json!({})) } else { Script::Close }
         })
         .await;
@@ -441,7 +437,7 @@ fn a_retry_that_waits_for_one_server_does_not_block_the_others() {
         let answer = Script::json(200, &json!({"of": "slow"}));
         let slow = Script::Later(Duration::from_secs(3), Box::new(answer));
         let busy = Server::start(except_probes(slow)).await;
-        let flaky = Server::start(move |seen| match is_probe(seen) {
+        let flaky = Server::start(move |seen| match seen.is_probe() {
             false if seen.json()["prompt"] == "fails" => Script::Close,
             _ => Script::json(200, &json!({"of": "free"})),
         })

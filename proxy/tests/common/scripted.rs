@@ -35,6 +35,11 @@ impl Seen {
         serde_json::from_slice(&self.body).expect("a JSON body")
     }
 
+    /// Whether the proxy asks how its server is: at any moment, of its own accord.
+    pub fn is_probe(&self) -> bool {
+        self.method == "GET" && matches!(self.path.as_str(), "/health" | "/metrics")
+    }
+
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().expect("text"))
     }
@@ -91,9 +96,9 @@ type Answering = dyn Fn(&Seen) -> Script + Send + Sync;
 #[derive(Default)]
 struct Memory {
     seen: Mutex<Vec<Seen>>,
-    /// Requests whose answer has not ended and whose client has not left.
+    /// Requests, but for probes, whose answer has not ended and whose client has not left.
     open: AtomicUsize,
-    /// Requests whose client left before the end of the answer.
+    /// Requests, but for probes, whose client left before the end of the answer.
     abandoned: AtomicUsize,
 }
 
@@ -134,10 +139,7 @@ impl Server {
     /// Requests so far, but for probes.
     pub fn seen(&self) -> Vec<Seen> {
         let seen = self.memory.seen.lock().unwrap();
-        let is_probe = |seen: &&Seen| {
-            seen.method == "GET" && matches!(seen.path.as_str(), "/health" | "/metrics")
-        };
-        seen.iter().filter(|seen| !is_probe(seen)).cloned().collect()
+        seen.iter().filter(|seen| !seen.is_probe()).cloned().collect()
     }
 
     pub fn open(&self) -> usize {
@@ -176,8 +178,7 @@ async fn answer(
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let seen = Seen { method: parts.method.to_string(), path, headers: parts.headers, body };
     memory.seen.lock().unwrap().push(seen.clone());
-    memory.open.fetch_add(1, SeqCst);
-    let guard = Open { memory, ended: false };
+    let guard = (!seen.is_probe()).then(|| Open::of(memory));
     let mut script = answering(&seen);
     while let Script::Later(delay, next) = script {
         tokio::time::sleep(delay).await;
@@ -207,9 +208,17 @@ async fn answer(
     }
 }
 
+/// An answer that is being given.
 struct Open {
     memory: Arc<Memory>,
     ended: bool,
+}
+
+impl Open {
+    fn of(memory: Arc<Memory>) -> Self {
+        memory.open.fetch_add(1, SeqCst);
+        Self { memory, ended: false }
+    }
 }
 
 impl Drop for Open {
@@ -232,11 +241,11 @@ enum Length {
 pub struct Steps {
     length: Length,
     frames: mpsc::Receiver<Result<Bytes, io::Error>>,
-    guard: Open,
+    guard: Option<Open>,
 }
 
 impl Steps {
-    fn run(steps: Vec<Step>, guard: Open, length: Length) -> Self {
+    fn run(steps: Vec<Step>, guard: Option<Open>, length: Length) -> Self {
         let (sender, frames) = mpsc::channel(1);
         tokio::spawn(async move {
             for step in steps {
@@ -275,7 +284,9 @@ impl Body for Steps {
             Poll::Ready(Some(Ok(_))) => self.length == Length::Known,
             Poll::Pending => false,
         };
-        self.guard.ended |= over;
+        if let Some(guard) = &mut self.guard {
+            guard.ended |= over;
+        }
         polled.map(|frame| frame.map(|frame| frame.map(Frame::data)))
     }
 }
