@@ -42,7 +42,7 @@ static void every_store_function_answers_closed(ucm_store_t *store) {
 static void every_task_function_answers_closed(ucm_task_t *task) {
     ucm_status_t status;
     char text[128];
-    for (uint32_t stage = UCM_STAGE_COPIED; stage <= UCM_STAGE_RELEASED; ++stage) {
+    for (uint32_t stage = UCM_STAGE_COPIED; stage <= UCM_STAGE_ENQUEUED; ++stage) {
         EXPECT(UCM_STATUS_CLOSED, ucm_task_poll(task, stage));
         EXPECT(UCM_STATUS_CLOSED, ucm_task_wait(task, stage, -1));
     }

@@ -120,6 +120,7 @@ enum class Stage : std::uint32_t {
     Persisted = UCM_STAGE_PERSISTED,
     Loaded = UCM_STAGE_LOADED,
     Released = UCM_STAGE_RELEASED,
+    Enqueued = UCM_STAGE_ENQUEUED,
 };
 
 // Answer of a poll or a wait that did not fail.

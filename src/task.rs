@@ -42,6 +42,8 @@ pub enum Stage {
     Loaded = 3,
     /// Engine, kernel and device never touch the batch's memory again.
     Released = 4,
+    /// No copy has yet to be enqueued on the device: `stream_wait` does not block.
+    Enqueued = 5,
 }
 
 /// Answer of a poll or a wait.
@@ -116,15 +118,26 @@ enum Phase {
     Settled(Result<()>),
 }
 
+/// What a stream that is to wait for a unit's copy has to know of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Nobody is at the unit's memory, but somebody may come.
+    Expected,
+    /// Claimed: a copy may be under way of which no marker knows.
+    Claimed,
+    /// All that is left to wait for is behind a marker; nobody comes any more.
+    Ordered,
+}
+
 struct State {
     phases: Vec<Phase>,
     /// Units that have not been copied and have not failed.
     uncopied: usize,
     /// Units that have no final result.
     unsettled: usize,
-    /// Units whose scatter is neither enqueued nor settled: what `stream_wait` waits for.
-    unqueued: usize,
-    queued: Vec<bool>,
+    /// Units that are not `Ordered`: what `stream_wait` waits for.
+    unordered: usize,
+    access: Vec<Access>,
     /// Claims on caller memory.
     held: usize,
     copy_error: Option<Error>,
@@ -144,7 +157,7 @@ struct Milestones {
     copied: bool,
     settled: bool,
     released: bool,
-    queued: bool,
+    enqueued: bool,
     failed: bool,
 }
 
@@ -154,7 +167,7 @@ impl State {
             copied: self.uncopied == 0,
             settled: self.unsettled == 0,
             released: released(self),
-            queued: self.unqueued == 0,
+            enqueued: self.unordered == 0,
             failed: self.error.is_some(),
         }
     }
@@ -190,8 +203,8 @@ impl Task {
                 phases: vec![Phase::Waiting; count],
                 uncopied: count,
                 unsettled: count,
-                unqueued: count,
-                queued: vec![false; count],
+                unordered: count,
+                access: vec![Access::Expected; count],
                 held: 0,
                 copy_error: None,
                 error: None,
@@ -281,17 +294,19 @@ impl Task {
             return false;
         }
         state.held += 1;
+        let access = &mut state.access[unit as usize];
+        debug_assert_eq!(*access, Access::Expected, "a unit's memory is claimed once");
+        *access = Access::Claimed;
         true
     }
 
-    /// Notes that the unit's copy is enqueued on the device, after verification.
+    /// Notes that the unit's copy is enqueued on the device: that of a load after verification, that of a save also
+    /// where the unit was settled meanwhile, since the device reads its memory all the same.
     pub(crate) fn enqueued(&self, unit: u32, marker: &Marker) {
         let mut state = self.state.lock();
-        if !std::mem::replace(&mut state.queued[unit as usize], true) {
-            state.unqueued -= 1;
-            if !state.markers.last().is_some_and(|last| Arc::ptr_eq(last, marker)) {
-                state.markers.push(marker.clone());
-            }
+        set_ordered(&mut state, unit);
+        if !state.markers.last().is_some_and(|last| Arc::ptr_eq(last, marker)) {
+            state.markers.push(marker.clone());
         }
         self.wake(&mut state);
     }
@@ -299,7 +314,7 @@ impl Task {
     /// Gives a claim back, with the result of the copy: for a save its COPIED, for a load its end.
     pub(crate) fn end(&self, unit: u32, result: Result<()>) {
         let mut state = self.state.lock();
-        state.held -= 1;
+        unclaim(&mut state, unit);
         match (self.plan.kind, result) {
             (Kind::Save, Ok(())) => self.set_copied(&mut state, unit),
             (_, result) => self.set_settled(&mut state, unit, result),
@@ -310,8 +325,7 @@ impl Task {
     /// Gives a claim back whose result is not known yet; `settle` brings it.
     pub(crate) fn give_back(&self, unit: u32) {
         let mut state = self.state.lock();
-        debug_assert!((unit as usize) < state.phases.len() && state.held > 0);
-        state.held -= 1;
+        unclaim(&mut state, unit);
         self.after_change(state);
     }
 
@@ -380,20 +394,22 @@ impl Task {
         self.changed.notify_all();
     }
 
-    /// Waits until every unit of a load is verified and its copy enqueued, or one has failed; returns the
-    /// markers that a stream has to wait for.
+    /// Waits until no copy has yet to be enqueued, and returns the markers that a stream has to wait for. A load of
+    /// which a unit has failed lacks bytes: its first error, at once. A save does not: the memory of a unit that has
+    /// failed is no longer read, or only in front of a marker.
     pub(crate) fn wait_enqueued(&self) -> Result<Vec<Marker>> {
-        if let Some(Progress::Failed(error)) = self.refuse(Stage::Loaded) {
-            return Err(error);
+        if let Some(closed) = self.closed() {
+            return Err(closed);
         }
         if self.plan.kind == Kind::Hold {
             let text = "a hold brings nothing to a device; wait for its stage LOADED, then load";
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
+        let loads = self.plan.kind == Kind::Load;
         self.wait_until(None, |state| match &state.error {
-            Some(error) => Some(Err(error.clone())),
-            None if state.unqueued == 0 => Some(Ok(state.markers.clone())),
-            None => self.closed().map(Err),
+            Some(error) if loads => Some(Err(error.clone())),
+            _ if state.unordered == 0 => Some(Ok(state.markers.clone())),
+            _ => self.closed().map(Err),
         })
         .expect("a wait without a limit ends with an answer")
     }
@@ -453,12 +469,13 @@ impl Task {
         }
         let fits = match self.plan.kind {
             Kind::Save => stage != Stage::Loaded,
-            Kind::Load | Kind::Hold => matches!(stage, Stage::Loaded | Stage::Released),
+            Kind::Load => matches!(stage, Stage::Enqueued | Stage::Loaded | Stage::Released),
+            Kind::Hold => matches!(stage, Stage::Loaded | Stage::Released),
         };
         (!fits).then(|| {
             let (kind, stages) = match self.plan.kind {
-                Kind::Save => ("save", "COPIED, PERSISTED and RELEASED"),
-                Kind::Load => ("load", "LOADED and RELEASED"),
+                Kind::Save => ("save", "ENQUEUED, COPIED, PERSISTED and RELEASED"),
+                Kind::Load => ("load", "ENQUEUED, LOADED and RELEASED"),
                 Kind::Hold => ("hold", "LOADED and RELEASED"),
             };
             let text = format!("stage: a {kind} has the stages {stages}, not {stage:?}");
@@ -503,6 +520,7 @@ impl Task {
             *phase = Phase::Copied;
             state.uncopied -= 1;
         }
+        order_if_unclaimed(state, unit);
     }
 
     fn set_settled(&self, state: &mut State, unit: u32, result: Result<()>) {
@@ -522,9 +540,7 @@ impl Task {
         }
         *phase = Phase::Settled(result);
         state.unsettled -= 1;
-        if !std::mem::replace(&mut state.queued[unit as usize], true) {
-            state.unqueued -= 1;
-        }
+        order_if_unclaimed(state, unit);
     }
 
     /// Tells the store, the completion queue and waiters, each once, what the change under `state` meant. In
@@ -582,6 +598,33 @@ impl Task {
     }
 }
 
+/// Gives a claim back.
+fn unclaim(state: &mut State, unit: u32) {
+    state.held -= 1;
+    let access = &mut state.access[unit as usize];
+    if *access == Access::Claimed {
+        *access = Access::Expected;
+    }
+    // A unit that was settled while it was claimed is claimed by nobody any more.
+    if !matches!(state.phases[unit as usize], Phase::Waiting) {
+        set_ordered(state, unit);
+    }
+}
+
+/// The unit is copied or settled: nobody will claim it any more.
+fn order_if_unclaimed(state: &mut State, unit: u32) {
+    if state.access[unit as usize] != Access::Claimed {
+        set_ordered(state, unit);
+    }
+}
+
+fn set_ordered(state: &mut State, unit: u32) {
+    let access = &mut state.access[unit as usize];
+    if std::mem::replace(access, Access::Ordered) != Access::Ordered {
+        state.unordered -= 1;
+    }
+}
+
 /// Nothing is claimed, and nothing that is left to do needs the caller's memory: a save may still be on
 /// its way to storage.
 fn released(state: &State) -> bool {
@@ -593,6 +636,7 @@ fn progress(state: &State, stage: Stage) -> Progress {
         Stage::Copied => (state.uncopied, &state.copy_error),
         Stage::Persisted | Stage::Loaded => (state.unsettled, &state.error),
         Stage::Released => (usize::from(!released(state)), &None),
+        Stage::Enqueued => (state.unordered, &None),
     };
     match (left, error) {
         (0, None) => Progress::Done,

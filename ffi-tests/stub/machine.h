@@ -106,9 +106,11 @@ STUB_EXPORT void ucm_stub_delay(unsigned micros);
 STUB_EXPORT void ucm_stub_reset(void);
 /* Live objects: "streams", "events", "device", "pinned", "registered". */
 STUB_EXPORT long ucm_stub_live(const char *what);
-/* A kernel of the model: takes `micros`, writes the pattern at the end; whoever touches the range before
- * it has ended has overtaken it. */
+/* A kernel of the model: takes `micros`, writes the pattern at the end. Who is enqueued later and touches the range
+ * before it has ended has overtaken it; who was enqueued before and touches it once it has begun was not waited for. */
 STUB_EXPORT void ucm_stub_model_write(void *stream, void *to, const void *pattern, size_t bytes, unsigned micros);
+/* The same, of memory that is something else's from then on: it ends when the memory is freed. */
+STUB_EXPORT void ucm_stub_model_take(void *stream, void *to, const void *pattern, size_t bytes);
 /* A kernel of the model: copies what is there when the stream comes to it into host memory of the test. */
 STUB_EXPORT void ucm_stub_model_read(void *stream, void *to, const void *from, size_t bytes);
 /* Reads and writes device memory at once. */

@@ -13,6 +13,14 @@
 static struct range ranges[RANGES_MAX];
 static int ranges_used; /* all from here on were never live */
 
+/* What kernels of the model write, or will when their streams come to them. */
+static struct fill {
+    const char *base;
+    size_t bytes;
+    uint64_t order;
+    bool begun;
+} fills[FILLS_MAX];
+
 struct range *stub_range_of(const void *address) {
     for (int i = 0; i < ranges_used; i++) {
         struct range *range = &ranges[i];
@@ -95,6 +103,12 @@ void stub_free(const char *call, void *base, enum stub_memory kind) {
         munmap(range->alias, length);
     }
     munmap(range->base, length);
+    /* What was taken for good is so until here. */
+    for (int i = 0; i < FILLS_MAX; i++) {
+        if (fills[i].bytes && fills[i].base >= range->base && fills[i].base < range->base + range->bytes) {
+            fills[i].bytes = 0;
+        }
+    }
     range->kind = STUB_NONE;
     pthread_mutex_unlock(&stub_lock);
 }
@@ -177,22 +191,33 @@ void ucm_stub_poke(void *device, const void *from, size_t bytes) {
     memcpy(stub_reach(device), from, bytes);
 }
 
-/* What the model's kernels are writing. */
-static struct {
-    const char *base;
-    size_t bytes;
-} fills[FILLS_MAX];
-
 void stub_check_fills(const char *call, const char *base, size_t bytes) {
     for (int i = 0; i < FILLS_MAX; i++) {
-        if (fills[i].bytes && base < fills[i].base + fills[i].bytes && fills[i].base < base + bytes) {
+        struct fill *fill = &fills[i];
+        if (!fill->bytes || base >= fill->base + fill->bytes || fill->base >= base + bytes) {
+            continue;
+        }
+        if (fill->order < stub_order) {
             stub_misuse(call, "%p is touched while a kernel of the model still writes it: the copy overtook its event",
+                        (const void *)base);
+        }
+        if (fill->begun) {
+            stub_misuse(call, "%p is touched while the model writes over it: its stream did not wait for this copy",
                         (const void *)base);
         }
     }
 }
 
-void stub_begin_fill(const char *base, size_t bytes) {
+static struct fill *fill_of(uint64_t order) {
+    for (int i = 0; i < FILLS_MAX; i++) {
+        if (fills[i].bytes && fills[i].order == order) {
+            return &fills[i];
+        }
+    }
+    return NULL;
+}
+
+void stub_add_fill(const char *base, size_t bytes, uint64_t order) {
     int at = 0;
     while (at < FILLS_MAX && fills[at].bytes) {
         at++;
@@ -200,16 +225,20 @@ void stub_begin_fill(const char *base, size_t bytes) {
     if (at == FILLS_MAX) {
         stub_misuse("model", "more than %d kernels write at once", FILLS_MAX);
     }
-    fills[at].base = base;
-    fills[at].bytes = bytes;
+    fills[at] = (struct fill){base, bytes, order, false};
 }
 
-void stub_end_fill(const char *base, size_t bytes) {
-    for (int i = 0; i < FILLS_MAX; i++) {
-        if (fills[i].base == base && fills[i].bytes == bytes) {
-            fills[i].bytes = 0;
-            return;
-        }
+void stub_begin_fill(uint64_t order) {
+    struct fill *fill = fill_of(order);
+    if (fill) {
+        fill->begun = true;
+    }
+}
+
+void stub_end_fill(uint64_t order) {
+    struct fill *fill = fill_of(order);
+    if (fill) {
+        fill->bytes = 0;
     }
 }
 

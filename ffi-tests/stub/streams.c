@@ -11,6 +11,8 @@
 #define EVENTS_MAX (1 << 20)
 
 static unsigned random_state = 12345;
+static uint64_t enqueued;
+__thread uint64_t stub_order;
 
 struct token {
     int references;
@@ -18,10 +20,11 @@ struct token {
     int waiting;
 };
 
-enum kind { COPY, KERNEL, RECORD, WAIT, HOST, MODEL_WRITE, MODEL_READ };
+enum kind { COPY, KERNEL, RECORD, WAIT, HOST, MODEL_WRITE, MODEL_TAKE, MODEL_READ };
 
 struct operation {
     struct operation *next;
+    uint64_t order;
     enum kind kind;
     const char *call;
     struct stub_copy copy;
@@ -67,6 +70,7 @@ static void release(struct token *token) {
 
 static void enqueue(struct stub_stream *stream, struct operation *operation) {
     operation->next = NULL;
+    operation->order = ++enqueued;
     if (stream->last) {
         stream->last->next = operation;
     } else {
@@ -99,6 +103,7 @@ static size_t span(const struct stub_copy *copy, size_t pitch) {
 
 /* Runs without the lock, except where it says so. */
 static void execute(struct operation *operation) {
+    stub_order = operation->order;
     switch (operation->kind) {
     case COPY:
         pthread_mutex_lock(&stub_lock);
@@ -133,12 +138,18 @@ static void execute(struct operation *operation) {
         stub_in_host = false;
         break;
     case MODEL_WRITE:
+    case MODEL_TAKE:
+        pthread_mutex_lock(&stub_lock);
+        stub_begin_fill(operation->order);
+        pthread_mutex_unlock(&stub_lock);
         stub_pause(operation->micros);
         memcpy(stub_reach(operation->to), operation->data, operation->bytes);
         free(operation->data);
-        pthread_mutex_lock(&stub_lock);
-        stub_end_fill(operation->to, operation->bytes);
-        pthread_mutex_unlock(&stub_lock);
+        if (operation->kind == MODEL_WRITE) {
+            pthread_mutex_lock(&stub_lock);
+            stub_end_fill(operation->order);
+            pthread_mutex_unlock(&stub_lock);
+        }
         break;
     case MODEL_READ:
         memcpy(operation->to, stub_reach(operation->from), operation->bytes);
@@ -429,17 +440,25 @@ bool stub_in_host_function(void) {
     return stub_in_host;
 }
 
-void ucm_stub_model_write(void *stream, void *to, const void *pattern, size_t bytes, unsigned micros) {
-    struct operation *operation = operation_new("model", MODEL_WRITE);
+static void model_fill(enum kind kind, void *stream, void *to, const void *pattern, size_t bytes, unsigned micros) {
+    struct operation *operation = operation_new("model", kind);
     operation->to = to;
     operation->bytes = bytes;
     operation->micros = micros;
     operation->data = malloc(bytes);
     memcpy(operation->data, pattern, bytes);
     pthread_mutex_lock(&stub_lock);
-    stub_begin_fill(to, bytes);
     enqueue(stream, operation);
+    stub_add_fill(to, bytes, operation->order);
     pthread_mutex_unlock(&stub_lock);
+}
+
+void ucm_stub_model_write(void *stream, void *to, const void *pattern, size_t bytes, unsigned micros) {
+    model_fill(MODEL_WRITE, stream, to, pattern, bytes, micros);
+}
+
+void ucm_stub_model_take(void *stream, void *to, const void *pattern, size_t bytes) {
+    model_fill(MODEL_TAKE, stream, to, pattern, bytes, 0);
 }
 
 void ucm_stub_model_read(void *stream, void *to, const void *from, size_t bytes) {

@@ -30,6 +30,9 @@ pub const UCM_STAGE_LOADED: u32 = 3;
 /// Stage of every task: engine, kernel and device never touch the batch's memory again. UCM_STATUS_TIMEOUT
 /// and UCM_STATUS_CANCELLED do not imply it.
 pub const UCM_STAGE_RELEASED: u32 = 4;
+/// Stage of a save and of a load: every copy is in a queue of the device, done, or will never be made, so that
+/// ucm_task_stream_wait does not block. It says nothing of how entries end.
+pub const UCM_STAGE_ENQUEUED: u32 = 5;
 
 /// A task's handle exists before the task, because a completion may be reaped before submit returns. `None`:
 /// there will be no task.
@@ -117,9 +120,10 @@ fn stage_of(stage: u32) -> Result<Stage> {
         UCM_STAGE_PERSISTED => Ok(Stage::Persisted),
         UCM_STAGE_LOADED => Ok(Stage::Loaded),
         UCM_STAGE_RELEASED => Ok(Stage::Released),
+        UCM_STAGE_ENQUEUED => Ok(Stage::Enqueued),
         _ => Err(invalid(format!(
             "stage is {stage}; known are UCM_STAGE_COPIED 1, UCM_STAGE_PERSISTED 2, \
-             UCM_STAGE_LOADED 3 and UCM_STAGE_RELEASED 4"
+             UCM_STAGE_LOADED 3, UCM_STAGE_RELEASED 4 and UCM_STAGE_ENQUEUED 5"
         ))),
     }
 }
@@ -137,12 +141,14 @@ fn answer(progress: Progress) -> Result<ucm_status_t> {
 /// Does not block.
 ///
 /// @param task handle
-/// @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads, holds), UCM_STAGE_RELEASED
+/// @param stage UCM_STAGE_COPIED or UCM_STAGE_PERSISTED (saves), UCM_STAGE_LOADED (loads, holds),
+///        UCM_STAGE_ENQUEUED (saves, loads), UCM_STAGE_RELEASED
 /// @return UCM_STATUS_OK (every entry reached it), UCM_STATUS_PENDING (not yet), or
 ///         the first error among the entries, once every entry has reached the stage or failed:
 ///         UCM_STATUS_NOT_FOUND, UCM_STATUS_CORRUPT, UCM_STATUS_IO, UCM_STATUS_NO_SPACE, UCM_STATUS_TIMEOUT,
 ///         UCM_STATUS_BUSY, UCM_STATUS_CANCELLED, UCM_STATUS_DEVICE, UCM_STATUS_INTERNAL (ucm_task_statuses
-///         tells them apart); at UCM_STAGE_RELEASED only UCM_STATUS_OK and UCM_STATUS_PENDING;
+///         tells them apart); at UCM_STAGE_ENQUEUED and UCM_STAGE_RELEASED only UCM_STATUS_OK and
+///         UCM_STATUS_PENDING;
 ///         UCM_STATUS_INVALID_ARGUMENT (not a stage of such a task, no handle),
 ///         UCM_STATUS_CLOSED (the store was closed, the task freed)
 /// @since 0.1
@@ -179,15 +185,27 @@ pub unsafe extern "C" fn ucm_task_wait(
     })
 }
 
-/// Makes a device stream wait for the copies of a load, so that what is launched on it afterwards sees the data.
+/// Makes a device stream wait for the copies of a task.
 ///
-/// Blocks the CPU until every entry is verified and its copy enqueued; on the host device until the
-/// load is done. Returns the first error without ordering anything.
+/// Of a load: what is launched on the stream afterwards sees the data. Blocks the CPU until every entry is
+/// verified and its copy enqueued; on the host device until the load is done. Returns the first error without
+/// ordering anything.
 ///
-/// @param task handle of a load
+/// Of a save: what is launched on the stream afterwards may overwrite the memory of every entry, while the
+/// copies from it may still be under way. UCM_STATUS_OK says so of failed and cancelled entries too (how entries
+/// end, ucm_task_poll tells). Blocks the CPU until UCM_STAGE_ENQUEUED: until each entry's copy is in a queue of the
+/// device, behind the batch's wait_event, or its entry has ended. That is at once, unless entries wait for
+/// room in the store's memory (as long as the task's deadline or ucm_task_cancel lets them), for an old index to be read
+/// again, or for a copy to end that the device refused to queue. On the host device it is until UCM_STAGE_COPIED, or
+/// until failed entries are no longer read. Any other answer orders nothing that could be relied on: wait for
+/// UCM_STAGE_RELEASED then.
+///
+/// May be called again, for other streams too.
+///
+/// @param task handle of a load or a save
 /// @param stream cudaStream_t or aclrtStream; NULL: the default stream. Ignored by the host device
-/// @return UCM_STATUS_OK, or the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a save
-///         or a hold)
+/// @return UCM_STATUS_OK; of loads the errors of ucm_task_poll; UCM_STATUS_INVALID_ARGUMENT (the task is a
+///         hold, the stream is being captured into a graph), UCM_STATUS_DEVICE, UCM_STATUS_CLOSED
 /// @since 0.1
 #[unsafe(no_mangle)]
 #[must_use]

@@ -170,8 +170,9 @@ impl Store {
         unsafe { self.engine.submit(Kind::Load, batch) }
     }
 
-    /// Makes a device stream wait for a load's copies. Blocks until every entry is verified and its copy
-    /// enqueued; returns the first error without ordering anything.
+    /// Makes a device stream wait for a task's copies. Of a load: blocks until every entry is verified and its
+    /// copy enqueued, and returns the first error without ordering anything. Of a save: what the stream does
+    /// afterwards may overwrite the memory of every entry, however it ends. Blocks until stage ENQUEUED.
     ///
     /// # Safety
     /// `stream` is a live stream of the store's device, or null for its default stream.

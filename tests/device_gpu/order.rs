@@ -83,6 +83,50 @@ fn streams_wait_for_loads() {
     }
 }
 
+/// Goal: a stream that was made to wait writes over what is being saved, which is copied as it was though the copy
+/// waits for a slow kernel of another stream; the same without the wait copies what was written over it.
+#[test]
+#[ignore = "needs an NVIDIA GPU; run `cargo xtask gpu-test`"]
+fn streams_wait_for_saves() {
+    const BYTES: usize = 4 << 20;
+    const SLICE: usize = 64 << 10;
+    let gpu = Gpu::new();
+    let (slow, model) = (gpu.stream(), gpu.stream());
+    let other = gpu.alloc(4096);
+    for strategy in STRATEGIES {
+        let mut rig = Rig::new(strategy, BYTES);
+        let memory = gpu.alloc(BYTES);
+        let shapes = vec![SliceShape::contiguous(SLICE as u64); BYTES / SLICE];
+        // Backwards, so that nothing merges.
+        let offsets: Vec<_> = (0..shapes.len()).rev().map(|i| i * SLICE).collect();
+        let slices = Slices::at(memory as *mut u8, &offsets, &shapes);
+        for is_told in [true, false] {
+            let bytes = pattern(BYTES, usize::from(is_told));
+            gpu.write(memory, &bytes);
+            gpu.slow_fill(slow, other, 1024, 1, SLOW_CYCLES);
+            let event = gpu.event();
+            gpu.record(event, slow);
+            let wait = rig.capture(event);
+            gpu.destroy_event(event);
+            let marker = rig.worker.enqueue(&[behind(&wait, slices.gather(1, rig.staging()))]);
+            if is_told {
+                // SAFETY: the stream lives.
+                unsafe { rig.device.stream_wait(model, &[marker.unwrap()]) }.unwrap();
+            }
+            assert!(rig.worker.poll().is_empty(), "{strategy}: the host waited for the copy");
+            gpu.slow_fill(model, memory, (BYTES / 4) as u32, 7, 1000);
+            rig.worker.finish(1).remove(0).result.unwrap();
+            gpu.sync();
+            let copied = if is_told { bytes } else { filled(BYTES / 4, 7) };
+            let expected: Vec<u8> =
+                offsets.iter().flat_map(|at| &copied[*at..at + SLICE]).copied().collect();
+            assert!(rig.arena.read() == expected, "{strategy}: told to wait: {is_told}");
+        }
+        gpu.free(memory);
+    }
+    gpu.free(other);
+}
+
 /// Goal: a graph captured in the strictest mode survives saves with events on other threads, and on the
 /// capturing thread itself.
 #[test]

@@ -76,7 +76,7 @@ fn statuses(task: &Task) -> Vec<Result<()>> {
     task.statuses().unwrap()
 }
 
-/// Saves blocks that a kernel is still writing, and loads them elsewhere on a stream that waits. Gives the
+/// Saves blocks that a kernel is still writing, takes their memory back on a stream that waits, and loads them elsewhere on a stream that waits. Gives the
 /// errors; whatever ends well must be right.
 fn round(fake: &Fake, store: &Store, numbers: [u64; BLOCKS]) -> Vec<ucm::error::Error> {
     let (source, target) = (fake.alloc(BLOCKS * BLOCK), fake.alloc(BLOCKS * BLOCK));
@@ -89,13 +89,18 @@ fn round(fake: &Fake, store: &Store, numbers: [u64; BLOCKS]) -> Vec<ucm::error::
     // SAFETY: the memory lives until the task is released, the event until submit returns.
     let save = unsafe { store.save(&saved) };
     drop(event);
-    let mut errors = Vec::new();
+    let (mut errors, zeros) = (Vec::new(), vec![0; BLOCKS * BLOCK]);
     match &save {
-        Ok(task) => errors.extend(statuses(task).into_iter().filter_map(Result::err)),
+        Ok(task) => {
+            // SAFETY: the stream lives. Where it waits, the model takes the memory back.
+            if unsafe { store.stream_wait(task, stream.stream) }.is_ok() {
+                stream.take(source.base, &zeros);
+            }
+            errors.extend(statuses(task).into_iter().filter_map(Result::err));
+        }
         Err(error) => errors.push(error.clone()),
     }
     stream.sync();
-    let zeros = vec![0; BLOCKS * BLOCK];
     target.write(&zeros);
     // SAFETY: as above.
     let task = unsafe { store.load(&batch(&ids, None, &to)) }.unwrap();

@@ -7,4 +7,5 @@ mod failures;
 mod fakes;
 mod layers;
 mod platforms;
+mod reuse;
 mod told;

@@ -362,6 +362,21 @@ impl ModelStream<'_> {
         );
     }
 
+    /// A kernel that writes `bytes` over memory which is something else's from then on: who copies from it or to it
+    /// once the kernel has begun ends the process.
+    pub fn take(&self, to: *mut u8, bytes: &[u8]) {
+        let fake = self.fake;
+        call!(
+            fake,
+            b"ucm_stub_model_take",
+            fn(*mut c_void, *mut c_void, *const c_void, usize),
+            self.stream,
+            to.cast(),
+            bytes.as_ptr().cast(),
+            bytes.len()
+        );
+    }
+
     /// A kernel that reads into `into`, which must live until `sync`.
     pub fn read(&self, into: &mut [u8], from: *const u8) {
         let fake = self.fake;

@@ -145,6 +145,34 @@ void streams_wait_for_loads(Gpu &gpu, const std::string &folder) {
     load.wait(ucm::Stage::Loaded).value();
 }
 
+// Goal: a stream that was told to wait writes over what is being saved, though nothing on the host waited for the
+// copies, which wait for a slow kernel of another stream; without the wait it comes too early, and would be seen.
+void streams_wait_for_saves(Gpu &gpu, const std::string &folder) {
+    ucm::Store store = open_store(folder, "Cache|Posix");
+    const Cache source{gpu.allocate(blocks * block_bytes)}, target{gpu.allocate(blocks * block_bytes)},
+        other{gpu.allocate(4096)};
+    void *const slow = gpu.stream(1), *const model = gpu.stream(1), *const event = gpu.event();
+    unsigned round = 3000;
+    for (const bool told : {true, false}) {
+        gpu.fill(nullptr, source.base, blocks * block_bytes, ++round, 0);
+        gpu.synchronize();
+        gpu.fill(slow, other.base, 4096, round, slow_cycles);
+        gpu.record(event, slow);
+        const auto names = ids(round);
+        const auto rows = source.addresses(0), to = target.addresses(0);
+        ucm::Task save = store.save(batch_of(names, rows, event)).value();
+        if (told) save.stream_wait(model).value();
+        check(save.poll(ucm::Stage::Copied).value() == ucm::Progress::Pending, "the host waited for the copies");
+        gpu.fill(model, source.base, blocks * block_bytes, ~round, 0);
+        save.wait(ucm::Stage::Persisted).value();
+        gpu.synchronize();
+        store.load(batch_of(names, to)).value().wait(ucm::Stage::Loaded).value();
+        const bool right = same(gpu, target, 0, 0, round);
+        check(right == told, std::string("what was stored is ") + (right ? "right" : "wrong"));
+        std::printf("  %s the wait: %s bytes\n", told ? "with" : "without", right ? "right" : "new");
+    }
+}
+
 // Goal: saves and loads of four threads, each with a stream and events of its own, keep every byte.
 void threads_share_a_store(Gpu &gpu, const std::string &folder) {
     ucm::Store store = open_store(folder, "Cache|Posix");
@@ -214,6 +242,7 @@ int main(int count, char **arguments) {
     } parts[] = {
         {"saves_wait_for_kernels", saves_wait_for_kernels},
         {"streams_wait_for_loads", streams_wait_for_loads},
+        {"streams_wait_for_saves", streams_wait_for_saves},
         {"threads_share_a_store", threads_share_a_store},
         {"submission", submission},
     };

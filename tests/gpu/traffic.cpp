@@ -115,14 +115,23 @@ private:
         return batch;
     }
 
-    void save() {
+    // Writes the pages on the model's stream: their blocks, or what no block is.
+    void fill(unsigned garbage) {
         for (std::size_t i = 0; i < numbers_.size(); ++i) {
             for (std::size_t slice = 0; slice < slices; ++slice) {
-                gpu_.fill(stream_, address(places_[i], slice), slice_bytes, seed_of(numbers_[i], slice), kernel_cycles);
+                const unsigned seed = seed_of(numbers_[i], slice) ^ garbage;
+                gpu_.fill(stream_, address(places_[i], slice), slice_bytes, seed, kernel_cycles);
             }
         }
+    }
+
+    void save() {
+        fill(0);
         gpu_.record(event_, stream_);
         ucm::Task task = submit([&] { return store_.save(batch(event_)); });
+        // The model's stream waits for the copies, and writes over the pages while storage is still being written.
+        task.stream_wait(stream_).value();
+        fill(~0u);
         const auto ended = task.wait(ucm::Stage::Persisted);
         task.wait(ucm::Stage::Released).value();
         // What storage has no room for is refused; everything else is a failure.

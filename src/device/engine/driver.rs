@@ -55,7 +55,7 @@ pub(in crate::device) struct Fault {
 impl Fault {
     /// A stream that a graph is being captured from was to wait for what happens now.
     pub(in crate::device) fn capturing() -> Self {
-        let text = "the stream is being captured into a graph, which cannot wait for a load of this \
+        let text = "the stream is being captured into a graph, which cannot wait for copies of this \
                     moment; wait before the capture begins, or outside the graph";
         let error = Error::new(ErrorKind::InvalidArgument, text);
         Self { error, context: ContextState::Unknown }

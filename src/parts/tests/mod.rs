@@ -3,6 +3,7 @@
 mod holds;
 mod random;
 mod reads;
+mod streams;
 mod transfers;
 
 use std::collections::{HashMap, HashSet};
