@@ -111,10 +111,10 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         context.whole(measured)
     })?;
     if measured.is_empty() {
-        return Err("interrupted before the first round ended; there is nothing to report".into());
+        context.whole(())?;
     }
     let beside = Beside {
-        head: Head::new("ucm-bench compare beside", Some(version)),
+        head: Head::new("ucm-bench compare beside", Some(version), context),
         block_bytes: job.shape()?.bytes(),
         iodepth: job.iodepth,
         arrivals_gb_per_second: arrivals,
@@ -129,7 +129,6 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         rounds: measured,
     };
     comparison::write(matches, format, &beside)?;
-    comparison::note_interrupt(context);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -335,6 +334,10 @@ impl Beside {
 }
 
 impl Comparison for Beside {
+    fn head(&self) -> &Head {
+        &self.head
+    }
+
     fn table(&self) -> String {
         let solo = self.solo;
         let mut out = format!(

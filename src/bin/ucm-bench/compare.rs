@@ -127,7 +127,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let pairs = wanted.split(',').map(str::trim).map(pair).collect::<Result<Vec<_>, _>>()?;
     let sides = context.each(&pairs, |pair| pair.run(rounds, context))?;
     let against = Against {
-        head: Head::new("ucm-bench compare", Some(fio_version)),
+        head: Head::new("ucm-bench compare", Some(fio_version), context),
         block_bytes: job.shape()?.bytes(),
         iodepth: job.iodepth,
         batch: job.batch,
@@ -137,7 +137,6 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         sides,
     };
     comparison::write(matches, format, &against)?;
-    comparison::note_interrupt(context);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -373,6 +372,10 @@ impl Against {
 }
 
 impl Comparison for Against {
+    fn head(&self) -> &Head {
+        &self.head
+    }
+
     fn table(&self) -> String {
         let mut out = format!(
             "engine against {}: blocks of {}, {} in flight, batch {}, {} of data{}\n",

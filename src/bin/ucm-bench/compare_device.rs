@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -117,12 +118,28 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let rounds = cli::rounds(matches);
     let list = matches.get_one::<String>("slice-sizes").cloned().unwrap_or_default();
     let slices = list.split(',').map(units::size).collect::<Result<Vec<_>, _>>()?;
+    let (plans, notes) = plans(&job, &slices)?;
     let peak = Peak::new(job.device_id, PLAIN_BYTES.min(job.size as usize))?;
-    let (mut rows, mut notes) = (Vec::new(), Vec::new());
-    for &slice in &slices {
+    let rows = context.each(&plans, |plan| plan.run(rounds, &peak, context))?;
+    let head = Head::new("ucm-bench compare device", None, context);
+    comparison::write(matches, format, &Devices { head, rows, notes })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What one row measures.
+struct Plan {
+    way: Way,
+    slice: u64,
+    engine: Job,
+    fio: Option<FioJob>,
+}
+
+/// The rows to be, and what is left out.
+fn plans(job: &Job, slices: &[u64]) -> Result<(Vec<Plan>, Vec<String>), String> {
+    let (mut plans, mut notes) = (Vec::new(), Vec::new());
+    for &slice in slices {
         for way in [Way::Save, Way::Load] {
-            let job = over_the_bus(&job, slice, way)?;
-            rows.extend(run_row(&job, way, slice, None, rounds, &peak, context)?);
+            plans.push(Plan { way, slice, engine: over_the_bus(job, slice, way)?, fio: None });
         }
     }
     if job.directories.is_empty() {
@@ -131,13 +148,11 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
         notes.push(format!("drive to device: not measured: {message}"));
     } else {
         let slice = slices[slices.len() / 2];
-        let job = from_the_drive(&job, slice)?;
-        let way = Way::DriveToDevice;
-        rows.extend(run_row(&job, way, slice, Some(fio_of(&job)?), rounds, &peak, context)?);
+        let engine = from_the_drive(job, slice)?;
+        let fio = Some(fio_of(&engine)?);
+        plans.push(Plan { way: Way::DriveToDevice, slice, engine, fio });
     }
-    let devices = Devices { head: Head::new("ucm-bench compare device", None), rows, notes };
-    comparison::write(matches, format, &devices)?;
-    Ok(ExitCode::SUCCESS)
+    Ok((plans, notes))
 }
 
 /// The job cut into slices of this size, each in a tensor of its own.
@@ -197,50 +212,61 @@ fn fio_of(job: &Job) -> Result<FioJob, String> {
     })
 }
 
-/// Runs all rounds of a row; none after Ctrl-C in the first.
-fn run_row(
-    job: &Job,
-    way: Way,
-    slice: u64,
-    fio: Option<FioJob>,
-    rounds: usize,
-    peak: &Peak,
-    context: &Context,
-) -> Result<Option<Row>, String> {
-    let ground = Ground::new(&job.directories, run::footprint(job)? * 2, After::Remove)?;
-    let folders: Vec<_> = ground.folders().iter().map(|folder| folder.join("engine")).collect();
-    let fio = fio.map(|fio| (fio, ground.folders()[0].join("fio.data")));
-    if let Some((fio, file)) = &fio {
-        FioJob { rw: "write", ..fio.clone() }.run(file, context)?;
-    }
-    let direction = if way == Way::Save { Direction::Save } else { Direction::Load };
-    let (mut measured, mut layout) = (Vec::new(), Layout::Needed);
-    for round in 0..rounds + WARM_UP {
-        if context.is_interrupted() {
-            break;
+impl Plan {
+    /// Runs all rounds, or those that ended before Ctrl-C.
+    fn run(&self, rounds: usize, peak: &Peak, context: &Context) -> Result<Row, String> {
+        let job = &self.engine;
+        let ground = Ground::new(&job.directories, run::footprint(job)? * 2, After::Remove)?;
+        let folders: Vec<_> = ground.folders().iter().map(|folder| folder.join("engine")).collect();
+        let fio = self.fio.as_ref().map(|fio| (fio, ground.folders()[0].join("fio.data")));
+        if let Some((fio, file)) = &fio {
+            FioJob { rw: "write", ..(*fio).clone() }.run(file, context)?;
         }
+        let mut layout = Layout::Needed;
+        let measured = context.each(0..rounds + WARM_UP, |round| {
+            if context.progress {
+                let (way, slice) = (self.way.name(), show_size(self.slice));
+                eprintln!("{way} of {slice}: round {round} of {rounds}");
+            }
+            let read = fio.as_ref().map(|(fio, file)| fio.run(file, context)).transpose()?;
+            let mut seen = self.round(round < WARM_UP, &folders, layout, peak, context)?;
+            seen.fio_gb_per_second = read.map(|read| read.gb_per_second);
+            if fio.is_some() {
+                layout = Layout::Done;
+            }
+            context.whole(seen)
+        })?;
+        let measured: Vec<_> = measured.into_iter().skip(WARM_UP).collect();
+        if measured.is_empty() {
+            context.whole(())?;
+        }
+        Ok(self.row(measured))
+    }
+
+    /// The engine between two measurements of the plain copy, of which the better one counts.
+    fn round(
+        &self,
+        warm_up: bool,
+        folders: &[PathBuf],
+        layout: Layout,
+        peak: &Peak,
+        context: &Context,
+    ) -> Result<Round, String> {
+        let direction = if self.way == Way::Save { Direction::Save } else { Direction::Load };
         // The warm-up looks at every byte: a rate of wrong bytes is none.
-        let verify = round < WARM_UP && fio.is_none() && way == Way::Load;
-        let job = Job { verify, ..job.clone() };
-        let read = fio.as_ref().map(|(fio, file)| fio.run(file, context)).transpose()?;
+        let verify = warm_up && self.fio.is_none() && self.way == Way::Load;
+        let job = Job { verify, ..self.engine.clone() };
         let before = peak.gb_per_second(direction, PLAIN_TIMES)?;
-        let engine = run::run_in(std::slice::from_ref(&job), &folders, layout, context)?;
+        let engine = run::run_in(std::slice::from_ref(&job), folders, layout, context)?;
         let after = peak.gb_per_second(direction, PLAIN_TIMES)?;
-        if fio.is_some() {
-            layout = Layout::Done;
-        }
-        let mut seen = round_of(&engine, before.max(after))?;
-        seen.fio_gb_per_second = read.map(|read| read.gb_per_second);
-        if round >= WARM_UP && !context.is_interrupted() {
-            measured.push(seen);
-        }
+        round_of(&engine, before.max(after))
     }
-    if measured.is_empty() {
-        return Ok(None);
+
+    fn row(&self, rounds: Vec<Round>) -> Row {
+        let Job { block_size: block_bytes, batch, iodepth, .. } = self.engine;
+        let ratio = Ratio::of(&rounds, Round::ratio);
+        Row { way: self.way, slice_bytes: self.slice, block_bytes, batch, iodepth, rounds, ratio }
     }
-    let ratio = Ratio::of(&measured, Round::ratio);
-    let (block_bytes, batch, iodepth) = (job.block_size, job.batch, job.iodepth);
-    Ok(Some(Row { way, slice_bytes: slice, block_bytes, batch, iodepth, rounds: measured, ratio }))
 }
 
 fn round_of(engine: &GroupResult, plain: f64) -> Result<Round, String> {
@@ -328,6 +354,10 @@ fn columns<'a>() -> [Column<Line<'a>>; 11] {
 }
 
 impl Comparison for Devices {
+    fn head(&self) -> &Head {
+        &self.head
+    }
+
     fn table(&self) -> String {
         let mut out = String::from(
             "engine against one large plain copy (drive to device: or fio, if that is less), GB/s\n\n",

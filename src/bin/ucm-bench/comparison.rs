@@ -20,12 +20,14 @@ pub struct Head {
     library: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     fio: Option<String>,
+    interrupted: bool,
 }
 
 impl Head {
-    /// Of a comparison of that name, with fio's version where it is the yardstick.
-    pub fn new(format: &'static str, fio: Option<String>) -> Self {
-        Self { format, version: JSON_VERSION, library: crate::abi::version(), fio }
+    /// Of a comparison of that name that has been measured, with fio's version where it is the yardstick.
+    pub fn new(format: &'static str, fio: Option<String>, context: &Context) -> Self {
+        let interrupted = context.is_interrupted();
+        Self { format, version: JSON_VERSION, library: crate::abi::version(), fio, interrupted }
     }
 
     /// Version text of fio.
@@ -34,15 +36,10 @@ impl Head {
     }
 }
 
-/// Tells a reader of a report that Ctrl-C made it shorter than was asked for.
-pub fn note_interrupt(context: &Context) {
-    if context.is_interrupted() {
-        eprintln!("ucm-bench: interrupted; the report is of the rounds that ended before");
-    }
-}
-
 /// A comparison that has been measured.
 pub trait Comparison: Serialize {
+    /// What it is, and whether Ctrl-C made it shorter than was asked for.
+    fn head(&self) -> &Head;
     /// For people.
     fn table(&self) -> String;
     /// One line for each round.
@@ -61,7 +58,11 @@ pub fn write(
         Format::Csv => comparison.csv(),
         Format::Normal => comparison.table(),
     };
-    crate::write(matches, &text)
+    crate::write(matches, &text)?;
+    if comparison.head().interrupted {
+        eprintln!("ucm-bench: interrupted; the report is of the rounds that ended before");
+    }
+    Ok(())
 }
 
 /// The one job of the engine's run, if it did what was asked.
