@@ -14,7 +14,7 @@ use clap::{Arg, ArgMatches, Command};
 use serde::Serialize;
 
 use crate::cli;
-use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second};
+use crate::comparison::{self, Cell, Column, Comparison, Head, OneSided, Ratio, gb_per_second};
 use crate::fio::{self, FioResult};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
@@ -95,9 +95,7 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     let mut job = cli::single(matches, Job::default())?;
     job.runtime.get_or_insert(RUNTIME);
     job.validate()?;
-    if job.directories.len() != 1 {
-        return Err("compare takes one --directory, because fio's jobs are files in it".into());
-    }
+    refuse(&job)?;
     let share = f64::from(matches.get_one::<u32>("share").copied().unwrap_or(30)) / 100.0;
     let rounds = cli::rounds(matches);
     let field = Field::new(&job)?;
@@ -130,6 +128,16 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     };
     comparison::write(matches, format, &beside)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses what the two sides would not share.
+fn refuse(job: &Job) -> Result<(), String> {
+    OneSided { command: "beside", yardstick: "fio", rate: "give --share, which is that of both" }
+        .refuse(job, &[])?;
+    if job.directories.len() != 1 {
+        return Err("compare takes one --directory, because fio's jobs are files in it".into());
+    }
+    Ok(())
 }
 
 /// Where it happens: a folder with fio's files and the engine's.
@@ -367,6 +375,18 @@ impl Comparison for Beside {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: what only the engine would heed is refused: with `numjobs` it had a multiple of fio's depth.
+    #[test]
+    fn numjobs_was_taken_beside_and_not_given_to_fio() {
+        let job = Job { directories: vec!["/x".into()], runtime: Some(RUNTIME), ..Job::default() };
+        assert_eq!(refuse(&job), Ok(()));
+        let more = Job { numjobs: 4, ..job.clone() };
+        let message = refuse(&more).unwrap_err();
+        assert!(message.contains("--numjobs") && message.contains("--iodepth"), "{message}");
+        let rated = Job { rate: Some(1e9), ..job };
+        assert!(refuse(&rated).unwrap_err().contains("--share"));
+    }
 
     /// Goal: the loads know their own blocks only, arrive at the rate asked for, and the saves never end first.
     #[test]

@@ -10,7 +10,9 @@ use clap::{Arg, ArgMatches, Command};
 use serde::Serialize;
 
 use crate::cli;
-use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second, succeeded};
+use crate::comparison::{
+    self, Cell, Column, Comparison, Head, OneSided, Ratio, gb_per_second, succeeded,
+};
 use crate::fio::{self, FioJob, FioResult};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
@@ -150,7 +152,9 @@ struct Pair {
 impl Pair {
     fn new(job: &Job, name: &'static str, extra: Vec<String>) -> Result<Self, String> {
         job.validate()?;
-        refuse_one_sided(job)?;
+        let refused = [(job.runtime.is_some(), "runtime", "give --size, the bytes of both")];
+        OneSided { command: "fio", yardstick: "fio", rate: "see compare beside" }
+            .refuse(job, &refused)?;
         if job.directories.len() != 1 {
             return Err("compare takes one --directory, because fio's job is one file".into());
         }
@@ -276,23 +280,6 @@ impl Pair {
             syscalls_per_block_more: syscalls.map(|more| Ratio::of(&more, |more| *more)),
             rounds,
         }
-    }
-}
-
-/// Refuses what would reach the engine and not fio: the ratio would be of two different things.
-fn refuse_one_sided(job: &Job) -> Result<(), String> {
-    let one_sided = [
-        (job.numjobs != 1, "numjobs", "give --iodepth, which is the depth of both"),
-        (job.rate.is_some() || job.rate_blocks.is_some(), "rate", "see compare beside"),
-        (job.runtime.is_some(), "runtime", "give --size, the bytes of both"),
-        (!job.ramp.is_zero(), "ramp_time", "a first round is not counted already"),
-        (job.verify, "verify", "verify in a run of its own"),
-    ];
-    match one_sided.into_iter().find(|(given, ..)| *given) {
-        None => Ok(()),
-        Some((_, name, remedy)) => Err(format!(
-            "compare fio: --{name} would hold for the engine and not for fio; leave it out ({remedy})"
-        )),
     }
 }
 

@@ -14,7 +14,9 @@ use serde::Serialize;
 use crate::abi::Direction;
 use crate::cli;
 use crate::compare::WARM_UP;
-use crate::comparison::{self, Cell, Column, Comparison, Head, Ratio, gb_per_second, succeeded};
+use crate::comparison::{
+    self, Cell, Column, Comparison, Head, OneSided, Ratio, gb_per_second, succeeded,
+};
 use crate::fio::{self, FioJob};
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
@@ -115,6 +117,12 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     if job.device != "cuda" {
         return Err(format!("--device={}: the plain copies are those of cuda", job.device));
     }
+    OneSided {
+        command: "device",
+        yardstick: "the plain copies",
+        rate: "both go as fast as they can",
+    }
+    .refuse(&job, &[])?;
     let rounds = cli::rounds(matches);
     let list = matches.get_one::<String>("slice-sizes").cloned().unwrap_or_default();
     let slices = list.split(',').map(units::size).collect::<Result<Vec<_>, _>>()?;

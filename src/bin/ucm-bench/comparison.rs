@@ -6,6 +6,7 @@
 use clap::ArgMatches;
 use serde::Serialize;
 
+use crate::job::Job;
 use crate::report::{Format, GB};
 use crate::run::{Context, GroupResult, JobResult};
 
@@ -63,6 +64,40 @@ pub fn write(
         eprintln!("ucm-bench: interrupted; the report is of the rounds that ended before");
     }
     Ok(())
+}
+
+/// What would reach the engine and not its yardstick: the ratio would be of two different things.
+pub struct OneSided {
+    /// Which comparison.
+    pub command: &'static str,
+    /// The other side.
+    pub yardstick: &'static str,
+    /// What to do instead of giving a rate.
+    pub rate: &'static str,
+}
+
+impl OneSided {
+    /// Refuses such settings, and `more` of this comparison: whether it is given, its name, and the remedy.
+    pub fn refuse(
+        &self,
+        job: &Job,
+        more: &[(bool, &'static str, &'static str)],
+    ) -> Result<(), String> {
+        let rated = job.rate.is_some() || job.rate_blocks.is_some();
+        let always = [
+            (job.numjobs != 1, "numjobs", "give --iodepth, which is the depth of both"),
+            (rated, "rate", self.rate),
+            (!job.ramp.is_zero(), "ramp-time", "the clock starts when all data is there"),
+            (job.verify, "verify", "verify in a run of its own"),
+        ];
+        match always.iter().chain(more).find(|(given, ..)| *given) {
+            None => Ok(()),
+            Some((_, name, remedy)) => Err(format!(
+                "compare {}: --{name} would hold for the engine and not for {}; leave it out ({remedy})",
+                self.command, self.yardstick
+            )),
+        }
+    }
 }
 
 /// The one job of the engine's run, if it did what was asked.
