@@ -114,6 +114,21 @@ impl Pages {
         Ok(Self { backing, slices, regions, slices_of_layer: shape.layer_slices.len(), pages })
     }
 
+    /// The same with blocks in it that are not zeros: some drives and file systems store those in no time.
+    /// `thread` tells the blocks of threads apart.
+    pub fn filled(
+        shape: &Shape,
+        pages: usize,
+        device: Option<&Allocate>,
+        thread: usize,
+    ) -> Result<Self, String> {
+        let memory = Self::new(shape, pages, device)?;
+        for page in 0..pages {
+            memory.fill(page, &pattern::block_id(u64::MAX, (thread * pages + page) as u64));
+        }
+        Ok(memory)
+    }
+
     /// Base and length of all of it, for registration.
     pub fn span(&self) -> (*mut u8, usize) {
         match &self.backing {

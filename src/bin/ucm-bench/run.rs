@@ -282,12 +282,7 @@ impl<'a> Ready<'a> {
         let allocate = device::allocator(&self.job.device, self.job.device_id)?;
         for clone in 0..self.job.numjobs as usize {
             let count = if inserts { calls::INSERT_DEPTH as usize } else { pages_needed(self.job) };
-            let pages = Pages::new(&self.shape, count, allocate.as_ref())?;
-            for page in 0..count {
-                // Not zeros: some drives and file systems store those in no time.
-                pages
-                    .fill(page, &crate::pattern::block_id(u64::MAX, (clone * count + page) as u64));
-            }
+            let pages = Pages::filled(&self.shape, count, allocate.as_ref(), clone)?;
             if self.job.register {
                 let (base, length) = pages.span();
                 let store = self.store_of(clone);
@@ -332,7 +327,8 @@ fn layout(
         time_based: false,
         ..job.clone()
     };
-    let pages = Pages::new(shape, pages_needed(&filling), None)?;
+    let allocate = device::allocator(&job.device, job.device_id)?;
+    let pages = Pages::filled(shape, pages_needed(&filling), allocate.as_ref(), 0)?;
     let shared = Shared::default();
     shared.counting.store(true, Ordering::Relaxed);
     let bench = Bench { job: &filling, shape, store, seed: data_seed(job), shared: &shared };

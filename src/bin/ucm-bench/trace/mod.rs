@@ -20,6 +20,7 @@ use clap::{Arg, ArgMatches, Command, value_parser};
 use self::format::{Request, TOKENS_PER_ID};
 use crate::abi::{Direction, Store};
 use crate::cli;
+use crate::device;
 use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
 use crate::memory::Pages;
@@ -178,8 +179,9 @@ impl<'t> Replay<'t> {
         let ground = Ground::new(&job.directories, bytes, after)?;
         let store = Store::open(&options::of(job, ground.folders())?)
             .map_err(|failure| failure.to_string())?;
-        let pages: Vec<Pages> = (0..job.numjobs)
-            .map(|_| Pages::new(&shape, pages_needed(job), None))
+        let allocate = device::allocator(&job.device, job.device_id)?;
+        let pages: Vec<Pages> = (0..job.numjobs as usize)
+            .map(|thread| Pages::filled(&shape, pages_needed(job), allocate.as_ref(), thread))
             .collect::<Result<_, _>>()?;
         let shared = Shared::default();
         shared.counting.store(true, Ordering::Relaxed);
