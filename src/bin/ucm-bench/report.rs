@@ -16,6 +16,8 @@ use crate::units::{show_size, show_time};
 
 /// Version of the JSON and of the columns of the CSV.
 pub const JSON_VERSION: u32 = 1;
+/// Stage of a trace's requests, from arrival until the prefix is in memory: what they lose to storage.
+pub const REQUEST_READY: &str = "request ready";
 /// Bytes of a GB, as everywhere in storage.
 pub const GB: f64 = 1e9;
 
@@ -119,6 +121,9 @@ pub struct JobReport {
     pub hit_ratio: Option<f64>,
     /// Share of the parts asked for that lay in the Cache tier, as the store counts it.
     pub cache_hit_ratio: Option<f64>,
+    /// What all requests of a trace together waited from their arrival until their prefix was in memory; null
+    /// for other workloads.
+    pub lost_to_storage_seconds: Option<f64>,
     /// Submit calls that were refused for now and tried again.
     pub busy: u64,
     /// Blocks with wrong bytes (verify).
@@ -212,6 +217,10 @@ impl JobReport {
                 .then(|| tally.inserted as f64 / seconds.max(1e-9)),
             hit_ratio: ratio(tally.present as f64, tally.asked as f64),
             cache_hit_ratio: cache_hits(&result.metrics),
+            lost_to_storage_seconds: tally
+                .stages
+                .get(REQUEST_READY)
+                .map(|ready| ready.mean() * ready.count() as f64),
             busy: tally.busy,
             wrong_blocks: tally.wrong,
             errors: errors.collect(),
@@ -275,7 +284,8 @@ fn csv(document: &Document) -> String {
     let mut out = String::from(
         "name,rw,block_bytes,iodepth,batch,numjobs,layerwise,seconds,blocks,bytes,gb_per_second,\
          blocks_per_second,hit_ratio,busy,wrong_blocks,errors,cpu_user_seconds_per_gb,\
-         cpu_system_seconds_per_gb,syscalls_per_block,stage,count,mean_us,p50_us,p90_us,p99_us,p999_us,max_us\n",
+         cpu_system_seconds_per_gb,syscalls_per_block,stage,count,mean_us,p50_us,p90_us,p99_us,p999_us,max_us,\
+         lost_to_storage_seconds\n",
     );
     let optional = |value: Option<f64>| value.map_or(String::new(), |v| format!("{v:.6}"));
     for group in &document.groups {
@@ -302,13 +312,14 @@ fn csv(document: &Document) -> String {
                 optional(group.cpu_system_seconds_per_gb),
                 optional(group.syscalls_per_block),
             );
+            let lost = optional(job.lost_to_storage_seconds);
             if job.latency_us.is_empty() {
-                let _ = writeln!(out, "{head},,,,,,,,");
+                let _ = writeln!(out, "{head},,,,,,,,,{lost}");
             }
             for (stage, l) in &job.latency_us {
                 let _ = writeln!(
                     out,
-                    "{head},{stage},{},{:.3},{:.3},{:.3},{:.3},{:.3},{:.3}",
+                    "{head},{stage},{},{:.3},{:.3},{:.3},{:.3},{:.3},{:.3},{lost}",
                     l.count, l.mean, l.p50, l.p90, l.p99, l.p999, l.max
                 );
             }
@@ -392,6 +403,7 @@ fn job_table(out: &mut String, job: &JobReport, settings: &Job) {
             None => out.push('\n'),
         }
     }
+    lost_line(out, job);
     if let Some(inserts) = job.inserts_per_second {
         let _ =
             writeln!(out, "  inserts {inserts:.0}/s of {:.0}/s asked for", settings.insert_rate);
@@ -409,6 +421,24 @@ fn job_table(out: &mut String, job: &JobReport, settings: &Job) {
             0 => writeln!(out, "  verify: every byte right"),
             wrong => writeln!(out, "  verify: {wrong} BLOCKS WITH WRONG BYTES"),
         };
+    }
+}
+
+/// What storage cost the requests of a trace.
+fn lost_line(out: &mut String, job: &JobReport) {
+    if let Some((seconds, ready)) =
+        job.lost_to_storage_seconds.zip(job.latency_us.get(REQUEST_READY))
+    {
+        let loaded = job.latency_us.get("loaded").map_or(0, |loaded| loaded.count);
+        let _ = writeln!(
+            out,
+            "  time lost to storage: {} over {} requests, {} each on average, {} at 99 %; {loaded} blocks loaded, {}",
+            show_time(seconds),
+            ready.count,
+            show_time(ready.mean * 1e-6),
+            show_time(ready.p99 * 1e-6),
+            show_size(loaded * job.block_bytes),
+        );
     }
 }
 

@@ -25,16 +25,14 @@ use crate::ground::{After, Ground};
 use crate::job::{Job, Workload};
 use crate::memory::Pages;
 use crate::meter::Mark;
-use crate::model::Shape;
 use crate::options;
 use crate::pattern::block_id;
 use crate::progress::Progress;
-use crate::report::{self, Format};
+use crate::report::{self, REQUEST_READY};
 use crate::run::{self, Context, GroupResult, JobResult};
 use crate::source::Work;
 use crate::tally::Tally;
 use crate::transfer::{Bench, Shared, Transfer, pages_needed};
-use crate::units::show_time;
 
 /// How often the main thread looks at Ctrl-C while it waits for an arrival.
 const TICK: Duration = Duration::from_millis(10);
@@ -133,13 +131,9 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     }
     let rate = matches.get_one::<f64>("prefill-rate").copied();
     let replay = Replay { trace: &trace, speedup, prefill_rate: rate };
-    let (result, lost) = replay.run(&job, context)?;
+    let result = replay.run(&job, context)?;
     let failures: u64 = result.jobs.iter().map(|job| job.tally.failures()).sum();
-    let mut out = report::render(&[result], context.is_interrupted(), format);
-    if format == Format::Normal {
-        out += &lost;
-    }
-    crate::write(matches, &out)?;
+    crate::write(matches, &report::render(&[result], context.is_interrupted(), format))?;
     Ok(crate::status_of(failures))
 }
 
@@ -169,7 +163,7 @@ struct Replay<'t> {
 }
 
 impl<'t> Replay<'t> {
-    fn run(&self, job: &Job, context: &Context) -> Result<(GroupResult, String), String> {
+    fn run(&self, job: &Job, context: &Context) -> Result<GroupResult, String> {
         let tokens = u64::from(job.block_tokens);
         let shape = job.shape()?;
         let distinct: HashSet<u64> =
@@ -202,13 +196,12 @@ impl<'t> Replay<'t> {
         for seen in tallies {
             tally.add(&seen.map_err(|_| String::from("a thread of the replay panicked"))?);
         }
-        let lost = lost(&tally, &shape);
         let metrics = store.metrics().unwrap_or_default();
         drop(store);
         let elapsed = begin.elapsed();
         let result =
             JobResult { job: job.clone(), block_bytes: shape.bytes(), tally, elapsed, metrics };
-        Ok((GroupResult { jobs: vec![result], cost }, lost))
+        Ok(GroupResult { jobs: vec![result], cost })
     }
 
     /// Lets requests arrive at their times.
@@ -259,7 +252,7 @@ impl<'t> Replay<'t> {
         tally.latency("lookup", start.elapsed(), 1);
         let (present, missing) = numbers.split_at(hits.min(numbers.len()));
         let loaded = transfer(bench, pages, Direction::Load, present);
-        tally.latency("request ready", arrived.at.elapsed(), 1);
+        tally.latency(REQUEST_READY, arrived.at.elapsed(), 1);
         if let Some(rate) = self.prefill_rate {
             let tokens = missing.len() as f64 * f64::from(bench.job.block_tokens);
             std::thread::sleep(Duration::from_secs_f64(tokens / rate / self.speedup));
@@ -283,22 +276,6 @@ fn transfer(bench: &Bench<'_>, pages: &Pages, direction: Direction, numbers: &[u
     let mut batches = numbers.chunks(bench.job.batch as usize);
     let mut next = || batches.next().map(|batch| Work { direction, numbers: batch.to_vec() });
     Transfer::new(bench, pages).run(&mut next, None)
-}
-
-/// The lines under the table: what storage cost the requests.
-fn lost(tally: &Tally, shape: &Shape) -> String {
-    let Some(ready) = tally.stages.get("request ready") else { return String::new() };
-    let total = ready.mean() * ready.count() as f64;
-    let loaded = tally.stages.get("loaded").map_or(0, |latency| latency.count());
-    format!(
-        "time lost to storage: {} over {} requests, {} each on average, {} at 99 %\nloaded {} blocks, {:.3} GB\n",
-        show_time(total),
-        ready.count(),
-        show_time(ready.mean()),
-        show_time(ready.at(0.99)),
-        loaded,
-        (loaded * shape.bytes()) as f64 / 1e9,
-    )
 }
 
 #[cfg(test)]
