@@ -187,54 +187,87 @@ impl<'t> Replay<'t> {
         let tallies = std::thread::scope(|scope| {
             let threads: Vec<_> =
                 pages.iter().map(|pages| scope.spawn(|| self.work(&line, &bench, pages))).collect();
-            self.feed(&line, begin, &bench, context);
+            let progress = Progress::new(context.progress, "trace", None);
+            self.feed(&line, begin, &bench, context, &progress);
             line.end();
+            while !threads.iter().all(|thread| thread.is_finished()) {
+                self.tick(TICK, begin, &bench, context, &progress);
+            }
+            progress.end();
             threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
         });
-        let cost = mark.cost(&context.syscalls);
+        let (cost, elapsed) = (mark.cost(&context.syscalls), begin.elapsed());
         let mut tally = Tally::default();
         for seen in tallies {
             tally.add(&seen.map_err(|_| String::from("a thread of the replay panicked"))?);
         }
         let metrics = store.metrics().unwrap_or_default();
+        // Before its pages.
         drop(store);
-        let elapsed = begin.elapsed();
         let result =
             JobResult { job: job.clone(), block_bytes: shape.bytes(), tally, elapsed, metrics };
         Ok(GroupResult { jobs: vec![result], cost })
     }
 
-    /// Lets requests arrive at their times.
-    fn feed(&self, line: &Line<'t>, begin: Instant, bench: &Bench<'_>, context: &Context) {
-        let progress = Progress::new(context.progress, "trace", None);
+    /// When a request arrives, from the begin of the replay.
+    fn arrival(&self, request: &Request) -> Duration {
         let first = self.trace.first().map_or(0.0, |request| request.timestamp);
-        let at = |request: &Request| {
-            Duration::from_secs_f64((request.timestamp - first) * 1e-3 / self.speedup)
-        };
-        let end = self.trace.last().map_or(Duration::ZERO, &at);
+        Duration::from_secs_f64((request.timestamp - first) * 1e-3 / self.speedup)
+    }
+
+    /// Sleeps, no longer than a tick, having shown the progress; Ctrl-C ends the replay.
+    fn tick(
+        &self,
+        left: Duration,
+        begin: Instant,
+        bench: &Bench<'_>,
+        context: &Context,
+        progress: &Progress,
+    ) {
+        if context.is_interrupted() {
+            bench.shared.stop.store(true, Ordering::Relaxed);
+        }
+        let end = self.trace.last().map_or(Duration::ZERO, |last| self.arrival(last));
+        progress.show(&[bench.shared], Some((begin.elapsed(), end)));
+        std::thread::sleep(left.min(TICK));
+    }
+
+    /// Lets requests arrive at their times, until Ctrl-C.
+    fn feed(
+        &self,
+        line: &Line<'t>,
+        begin: Instant,
+        bench: &Bench<'_>,
+        context: &Context,
+        progress: &Progress,
+    ) {
         for request in self.trace {
-            let due = begin + at(request);
-            while Instant::now() < due {
-                if context.is_interrupted() {
-                    bench.shared.stop.store(true, Ordering::Relaxed);
-                    progress.end();
-                    return;
-                }
-                progress.show(&[bench.shared], Some((begin.elapsed(), end)));
-                std::thread::sleep(TICK.min(due.saturating_duration_since(Instant::now())));
+            let due = begin + self.arrival(request);
+            while !stopped(bench) && Instant::now() < due {
+                let left = due.saturating_duration_since(Instant::now());
+                self.tick(left, begin, bench, context, progress);
             }
             // Its time is when it was due: a late feeder must not flatter the store.
             line.push(Arrived { request, at: due });
         }
-        progress.end();
     }
 
     fn work(&self, line: &Line<'t>, bench: &Bench<'_>, pages: &Pages) -> Tally {
         let mut tally = Tally::default();
-        while let Some(arrived) = line.take() {
+        while let Some(arrived) = line.take().filter(|_| !stopped(bench)) {
             self.one(&arrived, bench, pages, &mut tally);
         }
         tally
+    }
+
+    /// Lets the time pass that the model computes, until Ctrl-C.
+    fn prefill(&self, blocks: usize, bench: &Bench<'_>) {
+        let Some(rate) = self.prefill_rate else { return };
+        let tokens = blocks as f64 * f64::from(bench.job.block_tokens);
+        let end = Instant::now() + Duration::from_secs_f64(tokens / rate / self.speedup);
+        while !stopped(bench) && Instant::now() < end {
+            std::thread::sleep(end.saturating_duration_since(Instant::now()).min(TICK));
+        }
     }
 
     fn one(&self, arrived: &Arrived<'_>, bench: &Bench<'_>, pages: &Pages, tally: &mut Tally) {
@@ -252,14 +285,14 @@ impl<'t> Replay<'t> {
         tally.latency("lookup", start.elapsed(), 1);
         let (present, missing) = numbers.split_at(hits.min(numbers.len()));
         let loaded = transfer(bench, pages, Direction::Load, present);
-        tally.latency(REQUEST_READY, arrived.at.elapsed(), 1);
-        if let Some(rate) = self.prefill_rate {
-            let tokens = missing.len() as f64 * f64::from(bench.job.block_tokens);
-            std::thread::sleep(Duration::from_secs_f64(tokens / rate / self.speedup));
+        // A load that Ctrl-C cut short has a latency that says nothing.
+        if !stopped(bench) {
+            tally.latency(REQUEST_READY, arrived.at.elapsed(), 1);
         }
+        self.prefill(missing.len(), bench);
         let start = Instant::now();
         let saved = transfer(bench, pages, Direction::Save, missing);
-        if !missing.is_empty() {
+        if !missing.is_empty() && !stopped(bench) {
             tally.latency("request saved", start.elapsed(), 1);
         }
         for mut part in [loaded, saved] {
@@ -270,6 +303,10 @@ impl<'t> Replay<'t> {
         tally.asked += numbers.len() as u64;
         tally.present += hits as u64;
     }
+}
+
+fn stopped(bench: &Bench<'_>) -> bool {
+    bench.shared.stop.load(Ordering::Relaxed)
 }
 
 fn transfer(bench: &Bench<'_>, pages: &Pages, direction: Direction, numbers: &[u64]) -> Tally {
