@@ -28,7 +28,8 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     if format == Format::Normal {
         println!("report: {path}");
     }
-    Ok(ExitCode::SUCCESS)
+    let jobs = results.iter().flat_map(|group| &group.jobs);
+    Ok(crate::status_of(jobs.map(|job| job.tally.failures()).sum()))
 }
 
 fn points(matches: &ArgMatches, base: &Job) -> Result<Vec<Job>, String> {
