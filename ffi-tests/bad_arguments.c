@@ -117,10 +117,18 @@ static void store_and_lookup(ucm_store_t *store) {
     INVALID("blocks is NULL", ucm_abandon(store, NULL, 1));
     INVALID("blocks", ucm_abandon(store, &block, HUGE_COUNT));
     OK(ucm_abandon(store, NULL, 0));
+    INVALID("NULL", ucm_abandon_promise(NULL, &block, 1, 7));
+    INVALID("blocks is NULL", ucm_abandon_promise(store, NULL, 1, 7));
+    INVALID("blocks", ucm_abandon_promise(store, &block, HUGE_COUNT, 7));
+    OK(ucm_abandon_promise(store, NULL, 0, 7));
     INVALID("NULL", ucm_lookup_abandoned(NULL, &block, 1, &found));
     INVALID("blocks is NULL", ucm_lookup_abandoned(store, NULL, 1, &found));
     INVALID("found is NULL", ucm_lookup_abandoned(store, &block, 1, NULL));
     INVALID("blocks", ucm_lookup_abandoned(store, &block, HUGE_COUNT, &found));
+    INVALID("NULL", ucm_lookup_abandoned_promise(NULL, &block, 1, 7, &found));
+    INVALID("blocks is NULL", ucm_lookup_abandoned_promise(store, NULL, 1, 7, &found));
+    INVALID("found is NULL", ucm_lookup_abandoned_promise(store, &block, 1, 7, NULL));
+    INVALID("blocks", ucm_lookup_abandoned_promise(store, &block, HUGE_COUNT, 7, &found));
 
     CHECK(ucm_store_completion_fd(NULL) == -1);
     CHECK(ucm_store_completion_fd(ODD(ucm_store_t)) == -1);

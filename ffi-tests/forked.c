@@ -41,7 +41,9 @@ static void child_of_an_open_store(ucm_options_t *options, ucm_store_t *store, u
     GONE(ucm_prefetch(store, &block, 1));
     GONE(ucm_hold(store, &block, 1, 0, &new_task));
     GONE(ucm_abandon(store, &block, 1));
+    GONE(ucm_abandon_promise(store, &block, 1, 7));
     GONE(ucm_lookup_abandoned(store, &block, 1, &found));
+    GONE(ucm_lookup_abandoned_promise(store, &block, 1, 7, &found));
     GONE(ucm_save(store, &batch, &new_task));
     GONE(ucm_load(store, &batch, &new_task));
     GONE(ucm_task_poll(task, UCM_STAGE_RELEASED));

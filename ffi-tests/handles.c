@@ -23,7 +23,9 @@ static void every_store_function_answers_closed(ucm_store_t *store) {
     GONE(ucm_prefetch(store, &block, 1));
     GONE(ucm_hold(store, &block, 1, 0, &task));
     GONE(ucm_abandon(store, &block, 1));
+    GONE(ucm_abandon_promise(store, &block, 1, 7));
     GONE(ucm_lookup_abandoned(store, &block, 1, &found));
+    GONE(ucm_lookup_abandoned_promise(store, &block, 1, 7, &found));
     GONE(ucm_save(store, &batch, &task));
     GONE(ucm_load(store, &batch, &task));
     CHECK(ucm_store_completion_fd(store) == -1);

@@ -133,9 +133,10 @@ static void unaligned_memory(ucm_store_t *store) {
     free(memory);
 }
 
-/* A block that is given up is told to readers, who need not wait for it; other blocks are not touched. */
+/* A block that is given up is told to readers, who need not wait for it; other blocks are not touched. Given up under
+   one promise, it is waited for under another. */
 static void abandoned(ucm_store_t *writer, ucm_store_t *reader) {
-    const ucm_block_id_t blocks[2] = {test_block(50), test_block(1)};
+    const ucm_block_id_t blocks[2] = {test_block(50), test_block(1)}, again = test_block(51);
     uint8_t found[2] = {9, 9};
     OK(ucm_lookup_abandoned(reader, blocks, 2, found));
     CHECK(found[0] == 0 && found[1] == 0);
@@ -147,6 +148,16 @@ static void abandoned(ucm_store_t *writer, ucm_store_t *reader) {
     CHECK(found[0] == 1 && found[1] == 0);
     OK(ucm_lookup(reader, blocks, 2, found));
     CHECK(found[0] == 0 && found[1] == 1);
+    OK(ucm_abandon_promise(writer, &again, 1, UINT64_MAX));
+    for (int i = 0; i < 300 && found[0] == 0; ++i) {
+        OK(ucm_store_refresh(reader, 0));
+        OK(ucm_lookup_abandoned_promise(reader, &again, 1, UINT64_MAX, found));
+    }
+    CHECK(found[0] == 1);
+    OK(ucm_lookup_abandoned(reader, &again, 1, found));
+    CHECK(found[0] == 1);
+    OK(ucm_lookup_abandoned_promise(reader, &again, 1, 1, found));
+    CHECK(found[0] == 0);
 }
 
 /* A program that was compiled when the struct ended after count: the rest counts as 0. */

@@ -802,7 +802,27 @@ ucm_status_t ucm_abandon(ucm_store_t *store,
                          size_t count);
 
 /**
- * Tells which blocks a writer has abandoned: whoever waits for one need not wait any longer.
+ * Like ucm_abandon, but ends only the waits for one promise: blocks that are promised again, under another
+ * number, are waited for.
+ *
+ * @param store handle
+ * @param blocks count ids; may be NULL when count is 0
+ * @param count 0 to UCM_COUNT_MAX
+ * @param promise a number that the caller chose for this promise and told with it, for instance a random one; 0: all
+ *        promises, as ucm_abandon
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_abandon_promise(ucm_store_t *store,
+                                 const ucm_block_id_t *blocks,
+                                 size_t count,
+                                 uint64_t promise);
+
+/**
+ * Tells which blocks a writer has abandoned, under whatever promise: whoever waits for one need not wait any
+ * longer, unless it was promised again (ucm_lookup_abandoned_promise).
  *
  * Blocks as ucm_lookup does.
  *
@@ -819,6 +839,27 @@ ucm_status_t ucm_lookup_abandoned(ucm_store_t *store,
                                   const ucm_block_id_t *blocks,
                                   size_t count,
                                   uint8_t *found);
+
+/**
+ * Tells which blocks a writer has abandoned under one promise, or under all (ucm_abandon).
+ *
+ * Blocks as ucm_lookup does. Of the broken promises the last 65536, counted by block, are remembered at least.
+ *
+ * @param store handle
+ * @param blocks count ids; may be NULL when count is 0
+ * @param count 0 to UCM_COUNT_MAX
+ * @param promise the number that was told with the promise; 0: any, as ucm_lookup_abandoned
+ * @param found receives count bytes: 1 where the block was abandoned, else 0; all 0 on failure
+ * @return UCM_STATUS_OK, or
+ *         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+ * @since 0.1
+ */
+UCM_NODISCARD
+ucm_status_t ucm_lookup_abandoned_promise(ucm_store_t *store,
+                                          const ucm_block_id_t *blocks,
+                                          size_t count,
+                                          uint64_t promise,
+                                          uint8_t *found);
 
 /**
  * Saves shards of blocks: starts copying them out of the caller's memory and on to storage.

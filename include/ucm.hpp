@@ -436,15 +436,16 @@ public:
         return Task(raw);
     }
 
-    // Tells everybody who waits for these blocks that they will not come from here.
-    Result<void> abandon(Span<const BlockId> blocks) const {
-        return check(ucm_abandon(get(), blocks.data(), blocks.size()));
+    // Tells everybody who waits for these blocks, under this promise or (0) any, that they will not come from here.
+    Result<void> abandon(Span<const BlockId> blocks, std::uint64_t promise = 0) const {
+        return check(ucm_abandon_promise(get(), blocks.data(), blocks.size(), promise));
     }
-    // One byte for each block: 1 where a writer has abandoned it.
-    Result<std::vector<std::uint8_t>> lookup_abandoned(Span<const BlockId> blocks) const {
+    // One byte for each block: 1 where a writer has abandoned it, under this promise or (0) any.
+    Result<std::vector<std::uint8_t>> lookup_abandoned(Span<const BlockId> blocks,
+                                                       std::uint64_t promise = 0) const {
         std::vector<std::uint8_t> found(blocks.size());
         const ucm_status_t status =
-            ucm_lookup_abandoned(get(), blocks.data(), blocks.size(), found.data());
+            ucm_lookup_abandoned_promise(get(), blocks.data(), blocks.size(), promise, found.data());
         if (status != UCM_STATUS_OK) return Error::last(status);
         return found;
     }

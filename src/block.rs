@@ -33,6 +33,16 @@ impl std::fmt::Display for BlockId {
     }
 }
 
+/// The number of a promise to save blocks, chosen by whoever promises. A block that was promised twice may be
+/// given up under the one promise and come under the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Promise(pub u64);
+
+impl Promise {
+    /// No promise in particular: all of them where a block is given up, any of them where somebody asks.
+    pub const ANY: Self = Self(0);
+}
+
 /// One part of one block: what an extent and a slot hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PartKey {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use tempfile::TempDir;
+use ucm::block::Promise;
 use ucm::device::host::Host;
 use ucm::device::{CapturedEvent, CopyStream, Device, Marker, Wake};
 use ucm::error::{ErrorKind, Result};
@@ -457,7 +458,7 @@ fn layers_that_never_come_leave_nothing() {
 }
 
 /// Goal: a block that a store abandons, which has never saved, is known to be abandoned to others within a
-/// refresh; it is not present, and what is present stays so.
+/// refresh, under the promise that is broken alone; it is not present, and what is present stays so.
 #[test]
 fn what_one_store_abandons_others_need_not_wait_for() {
     let directory = TempDir::new().unwrap();
@@ -467,15 +468,17 @@ fn what_one_store_abandons_others_need_not_wait_for() {
         (store_in(directory.path(), &[alone]), store_in(directory.path(), &[alone]));
     let scheduler = store_in(directory.path(), &[alone, ("device_id", "-1")]);
     save_blocks(&decode, &[2], BLOCK);
-    prefill.abandon(&[id(1), id(2)]).unwrap();
+    prefill.abandon(&[id(1), id(2)], Promise(6)).unwrap();
     for store in [&prefill, &decode, &scheduler] {
         let until = Instant::now() + Duration::from_secs(60);
         let mut found = [9; 2];
         while found[0] != 1 {
             assert!(Instant::now() < until, "it was never told");
-            store.lookup_abandoned(&[id(1), id(3)], &mut found).unwrap();
+            store.lookup_abandoned(&[id(1), id(3)], Promise(6), &mut found).unwrap();
         }
         assert_eq!(found, [1, 0]);
+        store.lookup_abandoned(&[id(1), id(3)], Promise(7), &mut found).unwrap();
+        assert_eq!(found, [0, 0], "another promise");
         assert!(!is_present(store, 1));
         store.refresh(None).unwrap();
         assert!(is_present(store, 2));

@@ -236,6 +236,13 @@ def test_abandoned_blocks_are_seen_elsewhere(tmp_path: Path) -> None:
             reader.lookup([b"g" * 16])
             time.sleep(0.05)
         assert not reader.lookup_abandoned([b"h" * 16]).any()
+        assert writer.abandon([b"h" * 16], promise=2**64 - 1)
+        while not reader.lookup_abandoned([b"h" * 16], promise=2**64 - 1).all():
+            assert time.monotonic() < end
+            reader.lookup([b"h" * 16])
+            time.sleep(0.05)
+        assert reader.lookup_abandoned([b"h" * 16]).all()
+        assert not reader.lookup_abandoned([b"h" * 16], promise=1).any()  # promised again: it is waited for
 
 
 def test_waiting_releases_the_gil(tmp_path: Path) -> None:

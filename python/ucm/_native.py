@@ -105,8 +105,10 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 _OPTIONAL: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # Added to the ABI after its first listing; absent from an older library.
     "ucm_abandon": (_STATUS, (_PTR, _PTR, C.c_size_t)),
+    "ucm_abandon_promise": (_STATUS, (_PTR, _PTR, C.c_size_t, C.c_uint64)),
     "ucm_hold": (_STATUS, (_PTR, _PTR, C.c_size_t, C.c_int64, _OUT)),
     "ucm_lookup_abandoned": (_STATUS, (_PTR, _PTR, C.c_size_t, _PTR)),
+    "ucm_lookup_abandoned_promise": (_STATUS, (_PTR, _PTR, C.c_size_t, C.c_uint64, _PTR)),
 }
 
 _lock = threading.Lock()

@@ -25,6 +25,9 @@ from ucm.errors import Status, UcmError, error_for
 BlockIds: TypeAlias = npt.NDArray[np.uint8]
 """Block ids: an array of shape (count, 16)."""
 
+ANY_PROMISE: Final = 0
+"""No promise in particular: all where blocks are given up, any where somebody asks."""
+
 REAP_CAPACITY: Final = 64
 """Completions taken from the engine with one call."""
 
@@ -304,20 +307,27 @@ class Store:
         timeout_ms = -1 if timeout is None else max(0, int(timeout * 1000))
         check(self._lib.ucm_store_refresh(self._handle, timeout_ms))
 
-    def abandon(self, ids: Any) -> bool:
-        """Tells other processes that these blocks, though announced, will not be saved."""
-        if not _native.has("ucm_abandon"):
-            return False
+    def abandon(self, ids: Any, promise: int = ANY_PROMISE) -> bool:
+        """Tells other processes that these blocks, though promised, will not be saved. ``promise``: the
+        number of 64 bits that was told with the promise."""
         array = block_ids(ids)
-        check(self._lib.ucm_abandon(self._handle, pointer(array), len(array)))
+        if _native.has("ucm_abandon_promise"):
+            check(self._lib.ucm_abandon_promise(self._handle, pointer(array), len(array), promise))
+        elif _native.has("ucm_abandon"):
+            check(self._lib.ucm_abandon(self._handle, pointer(array), len(array)))
+        else:
+            return False
         return True
 
-    def lookup_abandoned(self, ids: Any) -> npt.NDArray[np.bool_]:
-        """For each block whether its writer has abandoned it."""
+    def lookup_abandoned(self, ids: Any, promise: int = ANY_PROMISE) -> npt.NDArray[np.bool_]:
+        """For each block whether a writer has abandoned it, under this promise."""
         array = block_ids(ids)
         found = np.zeros(len(array), dtype=np.uint8)
-        if _native.has("ucm_lookup_abandoned"):
-            check(self._lib.ucm_lookup_abandoned(self._handle, pointer(array), len(array), pointer(found)))
+        count, out = len(array), pointer(found)
+        if _native.has("ucm_lookup_abandoned_promise"):
+            check(self._lib.ucm_lookup_abandoned_promise(self._handle, pointer(array), count, promise, out))
+        elif _native.has("ucm_lookup_abandoned"):
+            check(self._lib.ucm_lookup_abandoned(self._handle, pointer(array), count, out))
         return found.view(np.bool_)
 
     # -- transfers ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ use super::boundary::enter;
 use super::pointers::{UCM_COUNT_MAX, check, put, slice, slice_mut};
 use super::status::ucm_status_t;
 use super::store::{store_of, ucm_store_t};
-use crate::block::BlockId;
+use crate::block::{BlockId, Promise};
 use crate::error::Result;
 
 /// The name of a block: the chained hash of its tokens and of everything before them (ucm_hash_tokens).
@@ -137,14 +137,38 @@ pub unsafe extern "C" fn ucm_abandon(
     blocks: *const ucm_block_id_t,
     count: usize,
 ) -> ucm_status_t {
+    // SAFETY: the caller's promise is the same.
+    unsafe { ucm_abandon_promise(store, blocks, count, Promise::ANY.0) }
+}
+
+/// Like ucm_abandon, but ends only the waits for one promise: blocks that are promised again, under another
+/// number, are waited for.
+///
+/// @param store handle
+/// @param blocks count ids; may be NULL when count is 0
+/// @param count 0 to UCM_COUNT_MAX
+/// @param promise a number that the caller chose for this promise and told with it, for instance a random one; 0: all
+///        promises, as ucm_abandon
+/// @return UCM_STATUS_OK, or
+///         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+/// @since 0.1
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn ucm_abandon_promise(
+    store: *mut ucm_store_t,
+    blocks: *const ucm_block_id_t,
+    count: usize,
+    promise: u64,
+) -> ucm_status_t {
     enter(|| {
         let store = store_of(store)?;
         // SAFETY: the caller vouches for the array.
-        store.abandon(unsafe { block_ids(blocks, count)? })
+        store.abandon(unsafe { block_ids(blocks, count)? }, Promise(promise))
     })
 }
 
-/// Tells which blocks a writer has abandoned: whoever waits for one need not wait any longer.
+/// Tells which blocks a writer has abandoned, under whatever promise: whoever waits for one need not wait any
+/// longer, unless it was promised again (ucm_lookup_abandoned_promise).
 ///
 /// Blocks as ucm_lookup does.
 ///
@@ -163,6 +187,31 @@ pub unsafe extern "C" fn ucm_lookup_abandoned(
     count: usize,
     found: *mut u8,
 ) -> ucm_status_t {
+    // SAFETY: the caller's promise is the same.
+    unsafe { ucm_lookup_abandoned_promise(store, blocks, count, Promise::ANY.0, found) }
+}
+
+/// Tells which blocks a writer has abandoned under one promise, or under all (ucm_abandon).
+///
+/// Blocks as ucm_lookup does. Of the broken promises the last 65536, counted by block, are remembered at least.
+///
+/// @param store handle
+/// @param blocks count ids; may be NULL when count is 0
+/// @param count 0 to UCM_COUNT_MAX
+/// @param promise the number that was told with the promise; 0: any, as ucm_lookup_abandoned
+/// @param found receives count bytes: 1 where the block was abandoned, else 0; all 0 on failure
+/// @return UCM_STATUS_OK, or
+///         UCM_STATUS_INVALID_ARGUMENT (NULL, count too large, no handle), UCM_STATUS_CLOSED
+/// @since 0.1
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn ucm_lookup_abandoned_promise(
+    store: *mut ucm_store_t,
+    blocks: *const ucm_block_id_t,
+    count: usize,
+    promise: u64,
+    found: *mut u8,
+) -> ucm_status_t {
     enter(|| {
         let store = store_of(store)?;
         // SAFETY: the caller vouches for both arrays; `found` is made of bytes, valid whatever they are.
@@ -170,6 +219,6 @@ pub unsafe extern "C" fn ucm_lookup_abandoned(
             (block_ids(blocks, count)?, slice_mut("found", found, count, UCM_COUNT_MAX)?)
         };
         found.fill(0);
-        store.lookup_abandoned(blocks, found)
+        store.lookup_abandoned(blocks, Promise(promise), found)
     })
 }

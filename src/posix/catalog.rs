@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::block::{BlockId, PAGE, PartKey};
+use crate::block::{BlockId, PAGE, PartKey, Promise};
+use crate::posix::abandoned::Abandoned;
 use crate::posix::format::{Kind, Record};
 use crate::posix::host::boot_time;
 use crate::posix::index::{Found, Index, Location, PREFETCH};
@@ -21,8 +22,6 @@ use crate::posix::tail::Taker;
 /// Quarantined extents that are remembered; beyond it the oldest knowledge is dropped wholesale, and a bad
 /// extent costs one failed read more.
 const QUARANTINE_MAX: usize = 1 << 16;
-/// Abandoned blocks that are remembered.
-const ABANDONED_MAX: usize = 1 << 16;
 
 /// A segment that the index points into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +77,7 @@ pub struct Catalog {
     segments: RwLock<SegmentTable>,
     quarantine: Mutex<HashSet<Location>>,
     quarantine_size: AtomicUsize,
-    abandoned: Mutex<HashSet<BlockId>>,
-    abandoned_size: AtomicUsize,
+    abandoned: Abandoned,
 }
 
 /// Records of one manifest on their way into the catalog.
@@ -112,8 +110,7 @@ impl Catalog {
             segments: RwLock::default(),
             quarantine: Mutex::default(),
             quarantine_size: AtomicUsize::new(0),
-            abandoned: Mutex::default(),
-            abandoned_size: AtomicUsize::new(0),
+            abandoned: Abandoned::default(),
         }
     }
 
@@ -169,10 +166,9 @@ impl Catalog {
             return;
         }
         self.index.insert(key, found);
-        if self.abandoned_size.load(Ordering::Relaxed) > 0 {
-            let mut abandoned = self.abandoned.lock();
-            abandoned.remove(&key.block);
-            self.abandoned_size.store(abandoned.len(), Ordering::Relaxed);
+        // One rank's part says nothing about the part that another rank has given up.
+        if !self.abandoned.is_empty() && self.contains_block(&key.block) {
+            self.abandoned.forget(key.block);
         }
     }
 
@@ -214,19 +210,14 @@ impl Catalog {
             && self.quarantine.lock().contains(&location)
     }
 
-    /// Remembers that an announced block will not come.
-    pub fn abandon(&self, block: BlockId) {
-        let mut abandoned = self.abandoned.lock();
-        if abandoned.len() >= ABANDONED_MAX {
-            abandoned.clear();
-        }
-        abandoned.insert(block);
-        self.abandoned_size.store(abandoned.len(), Ordering::Relaxed);
+    /// Remembers that a promised block will not come.
+    pub fn abandon(&self, block: BlockId, promise: Promise) {
+        self.abandoned.insert(block, promise);
     }
 
-    /// Whether an announced block will not come.
-    pub fn is_abandoned(&self, block: &BlockId) -> bool {
-        self.abandoned_size.load(Ordering::Relaxed) > 0 && self.abandoned.lock().contains(block)
+    /// Whether a promised block will not come.
+    pub fn is_abandoned(&self, block: &BlockId, promise: Promise) -> bool {
+        self.abandoned.contains(*block, promise)
     }
 
     /// Whether all parts of a block can be found.
@@ -268,7 +259,7 @@ impl Taker for Intake<'_> {
             }
             Kind::Abandoned => {
                 self.publish_fetched();
-                self.catalog.abandon(record.block);
+                self.catalog.abandon(record.block, Promise(record.checksum));
             }
             Kind::Seal | Kind::Epoch | Kind::Heartbeat => {}
         }

@@ -326,7 +326,7 @@ pub enum Kind {
     Epoch = 5,
     /// The writer lives.
     Heartbeat = 6,
-    /// The block that was announced will not come.
+    /// The block that was promised will not come.
     Abandoned = 7,
 }
 
@@ -364,7 +364,8 @@ pub struct Record {
     pub page: u32,
     /// Bytes of the part.
     pub length: u32,
-    /// Checksum of the part; for RETIRE and DROP the writer whose segment is meant, 0 for one's own.
+    /// Checksum of the part; for RETIRE and DROP the writer whose segment is meant, 0 for one's own;
+    /// for ABANDONED the promise that is broken, 0 for all of them.
     pub checksum: u64,
     /// Wall clock, milliseconds since 1970.
     pub time_ms: u64,

@@ -2,6 +2,7 @@
 //!
 //! Knows files and parts; knows no devices, no slots and no tasks. See `docs/format.md`.
 
+mod abandoned;
 mod capacity;
 mod catalog;
 pub mod checksum;

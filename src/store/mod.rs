@@ -31,7 +31,7 @@ pub use open::Platform;
 pub use stats::Stats;
 pub use submit::Batch;
 
-use crate::block::BlockId;
+use crate::block::{BlockId, Promise};
 use crate::completion::Completion;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
@@ -114,9 +114,9 @@ impl Store {
         self.engine.hold(blocks, timeout_ms)
     }
 
-    /// Tells all stores that these blocks, though announced, will not be saved. Returns at once; the
-    /// records follow as publishes do.
-    pub fn abandon(&self, blocks: &[BlockId]) -> Result<()> {
+    /// Tells all stores that these blocks, though promised, will not be saved under this promise. Returns at
+    /// once; the records follow as publishes do.
+    pub fn abandon(&self, blocks: &[BlockId], promise: Promise) -> Result<()> {
         self.engine.check_open()?;
         if let Some(tier) =
             self.engine.tier.as_ref().filter(|_| !self.engine.config.is_lookup_only())
@@ -127,18 +127,24 @@ impl Store {
                     log::once(Level::Warning, "abandon", text);
                 }
             };
-            tier.abandon(blocks, Box::new(told));
+            tier.abandon(blocks, promise, Box::new(told));
         }
         Ok(())
     }
 
-    /// Sets `found[i]` to 1 where some writer has abandoned `blocks[i]`. Refreshes like a lookup.
-    pub fn lookup_abandoned(&self, blocks: &[BlockId], found: &mut [u8]) -> Result<()> {
+    /// Sets `found[i]` to 1 where some writer has abandoned `blocks[i]` under this promise. Refreshes like a
+    /// lookup.
+    pub fn lookup_abandoned(
+        &self,
+        blocks: &[BlockId],
+        promise: Promise,
+        found: &mut [u8],
+    ) -> Result<()> {
         self.engine.check_open()?;
         self.engine.freshen();
+        let tier = self.engine.tier.as_ref();
         for (block, found) in blocks.iter().zip(found) {
-            *found =
-                u8::from(self.engine.tier.as_ref().is_some_and(|tier| tier.is_abandoned(block)));
+            *found = u8::from(tier.is_some_and(|tier| tier.is_abandoned(block, promise)));
         }
         Ok(())
     }

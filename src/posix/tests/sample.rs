@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::world::*;
+use crate::block::Promise;
 use crate::posix::format::{Kind, ProcessIdentity, Record};
 use crate::posix::host::wall_ms;
 use crate::posix::rebuild::{Depth, Unproven, rebuild};
@@ -84,7 +85,11 @@ fn the_sample_of_version_1_is_read() {
     }
     assert!(tier.find(&key(2, 1)).is_none(), "it was dropped");
     assert!(tier.contains_block(&key(1, 0).block) && !tier.contains_block(&key(2, 0).block));
-    assert!(tier.is_abandoned(&key(9, 0).block) && !tier.is_abandoned(&key(0, 0).block));
+    // Its record has no number: it means all promises.
+    for promise in [Promise::ANY, Promise(1)] {
+        assert!(tier.is_abandoned(&key(9, 0).block, promise));
+        assert!(!tier.is_abandoned(&key(0, 0).block, promise));
+    }
     let stats = tier.stats();
     assert_eq!((stats.bad_records, stats.misfit_records), (0, 0));
     assert_eq!((stats.writers, stats.live_writers), (2, 1));

@@ -6,14 +6,14 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use super::world::*;
-use crate::block::{BlockId, PAGE};
+use crate::block::{BlockId, PAGE, Promise};
 use crate::error::ErrorKind;
 use crate::io::sim::{Call, Effect, SimConfig, SimDisk};
 use crate::posix::{Tier, TierConfig};
 
-fn abandon(tier: &Arc<Tier>, block: BlockId) -> crate::error::Result<()> {
+fn abandon(tier: &Arc<Tier>, block: BlockId, promise: Promise) -> crate::error::Result<()> {
     let (sender, receiver) = mpsc::channel();
-    tier.abandon(&[block], Box::new(move |result| drop(sender.send(result))));
+    tier.abandon(&[block], promise, Box::new(move |result| drop(sender.send(result))));
     receiver.recv_timeout(Duration::from_secs(20)).unwrap()
 }
 
@@ -24,13 +24,14 @@ fn a_store_that_never_saved_can_abandon() {
     let dir = tempfile::tempdir().unwrap();
     let (prefill, decode) = (open(dir.path()), open(dir.path()));
     let block = key(1, 0).block;
-    abandon(&prefill, block).unwrap();
-    assert!(prefill.is_abandoned(&block) && !decode.is_abandoned(&block));
+    abandon(&prefill, block, Promise::ANY).unwrap();
+    let is_abandoned = |tier: &Tier| tier.is_abandoned(&block, Promise::ANY);
+    assert!(is_abandoned(&prefill) && !is_abandoned(&decode));
     prefill.close(deadline());
     let third = open(dir.path());
     recover(&third);
     refresh(&decode);
-    assert!(decode.is_abandoned(&block));
+    assert!(is_abandoned(&decode));
     // Once everybody had time to read it, it need not stay.
     let impatient = TierConfig { timeout: Duration::from_millis(50), ..config() };
     let last = open_with(&[dir.path()], namespace(1), 0..1, impatient);
@@ -41,7 +42,52 @@ fn a_store_that_never_saved_can_abandon() {
     // A block that comes after all is not abandoned any more.
     save(&third, key(1, 0)).unwrap();
     refresh(&decode);
-    assert!(!decode.is_abandoned(&block));
+    assert!(!is_abandoned(&decode));
+}
+
+/// Goal: a block that was given up and is promised again is waited for, whoever gave it up: a writer that goes on,
+/// one that closed and started again, and one of several. Each promise ends by its own number.
+#[test]
+fn an_old_broken_promise_ended_the_wait_for_a_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two, decode) = (open(dir.path()), open(dir.path()), open(dir.path()));
+    let block = key(1, 0).block;
+    let (first, second, third) = (Promise(u64::MAX), Promise(1), Promise(2));
+    abandon(&one, block, first).unwrap();
+    one.close(deadline());
+    let restarted = open(dir.path());
+    refresh(&decode);
+    assert!(decode.is_abandoned(&block, first) && !decode.is_abandoned(&block, second));
+    abandon(&two, block, second).unwrap();
+    refresh(&decode);
+    assert!(decode.is_abandoned(&block, first) && decode.is_abandoned(&block, second));
+    assert!(!decode.is_abandoned(&block, third), "it is under way");
+    abandon(&restarted, block, third).unwrap();
+    refresh(&decode);
+    assert!(decode.is_abandoned(&block, third));
+    // A reader that comes late hears of all of them.
+    let late = open(dir.path());
+    for promise in [first, second, third, Promise::ANY] {
+        assert!(late.is_abandoned(&block, promise));
+    }
+    assert!(!late.is_abandoned(&block, Promise(4)));
+}
+
+/// Goal: of a block that one rank saved and another gave up before, the wait ends.
+#[test]
+fn another_ranks_part_hid_that_a_block_was_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let rank = |part| open_with(&[dir.path()], namespace(2), part..part + 1, config());
+    let ranks = [rank(0), rank(1)];
+    let decode = open_with(&[dir.path()], namespace(2), 0..0, config());
+    abandon(&ranks[1], key(1, 0).block, Promise(5)).unwrap();
+    refresh(&decode);
+    save(&ranks[0], key(1, 0)).unwrap();
+    refresh(&decode);
+    assert!(decode.is_abandoned(&key(1, 0).block, Promise(5)));
+    save(&ranks[1], key(1, 1)).unwrap();
+    refresh(&decode);
+    assert!(!decode.is_abandoned(&key(1, 0).block, Promise(5)), "it came after all");
 }
 
 /// Goal: where one backend fails or hangs, abandoned blocks are announced in another.
@@ -53,9 +99,9 @@ fn abandoning_does_not_depend_on_one_backend() {
         let tier = tier_over(&[&bad, &good], short.clone());
         let waiter = tier_over(&[&good], short);
         bad.inject(always(Call::Open, effect));
-        abandon(&tier, key(1, 0).block).unwrap();
+        abandon(&tier, key(1, 0).block, Promise(3)).unwrap();
         refresh(&waiter);
-        assert!(waiter.is_abandoned(&key(1, 0).block));
+        assert!(waiter.is_abandoned(&key(1, 0).block, Promise(3)));
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::open::timeout;
 use super::{REFRESH_PATIENCE, Tier};
-use crate::block::BlockId;
+use crate::block::{BlockId, Promise};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Done;
 use crate::posix::format::{Kind, Record};
@@ -18,9 +18,9 @@ use crate::posix::reply::{Join, Reply};
 use crate::posix::saver::{Saver, Writer};
 
 impl Tier {
-    /// Tells everyone that announced blocks will not come. A store that never saved becomes a writer for it.
-    pub fn abandon(self: &Arc<Self>, blocks: &[BlockId], done: Done) {
-        blocks.iter().for_each(|block| self.catalog.abandon(*block));
+    /// Tells everyone that promised blocks will not come. A store that never saved becomes a writer for it.
+    pub fn abandon(self: &Arc<Self>, blocks: &[BlockId], promise: Promise, done: Done) {
+        blocks.iter().for_each(|block| self.catalog.abandon(*block, promise));
         let reply = Reply::boxed(done);
         if blocks.is_empty() {
             return reply.send(Ok(()));
@@ -34,13 +34,14 @@ impl Tier {
         // Any backend will do: first those that it saves in already, and not those that do not work.
         let mut savers: Vec<Arc<Saver>> = self.savers.clone();
         savers.sort_by_key(|saver| (saver.failure().is_some(), saver.writer().is_none()));
-        self.announce(savers.into(), blocks.into(), reply);
+        self.announce(savers.into(), blocks.into(), promise, reply);
     }
 
     fn announce(
         self: &Arc<Self>,
         mut savers: VecDeque<Arc<Saver>>,
         blocks: Arc<[BlockId]>,
+        promise: Promise,
         reply: Reply<()>,
     ) {
         let Some(saver) = savers.pop_front() else {
@@ -52,7 +53,7 @@ impl Tier {
         let (tier, again) = (Arc::clone(self), Arc::clone(&blocks));
         let attempt = Reply::new(move |result: Result<()>| match result {
             Err(error) if error.kind() != ErrorKind::Closed && !savers.is_empty() => {
-                tier.announce(savers, again, reply);
+                tier.announce(savers, again, promise, reply);
             }
             result => reply.send(result),
         });
@@ -64,7 +65,7 @@ impl Tier {
             Ok(writer) => {
                 let join = Join::new(blocks.len(), attempt);
                 for block in blocks.iter() {
-                    let record = Record { block: *block, ..Record::of(Kind::Abandoned, wall_ms()) };
+                    let record = abandoned(*block, promise);
                     let join = Arc::clone(&join);
                     let reply = Reply::new(move |result| join.ended(result));
                     writer.manifest.push(Item { record, data: None, reply }, Urgency::Now);
@@ -73,8 +74,12 @@ impl Tier {
         }));
     }
 
-    /// Whether an announced block will not come.
-    pub fn is_abandoned(&self, block: &BlockId) -> bool {
-        self.catalog.is_abandoned(block)
+    /// Whether a promised block will not come.
+    pub fn is_abandoned(&self, block: &BlockId, promise: Promise) -> bool {
+        self.catalog.is_abandoned(block, promise)
     }
+}
+
+fn abandoned(block: BlockId, promise: Promise) -> Record {
+    Record { block, checksum: promise.0, ..Record::of(Kind::Abandoned, wall_ms()) }
 }
