@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ucm.errors import Busy, Status
-from ucm.store import Stage, block_ids
+from ucm.store import ANY_PROMISE, Stage, block_ids
 
 
 @dataclass
@@ -23,7 +23,8 @@ class World:
 
     blocks: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     partial: dict[tuple[bytes, int], dict[int, bytes]] = field(default_factory=dict)
-    abandoned: set[bytes] = field(default_factory=set)
+    abandoned: set[tuple[bytes, int]] = field(default_factory=set)
+    """Ids, and the promises that are broken."""
     fail_loads: set[bytes] = field(default_factory=set)
     """Ids whose load fails."""
     hold: bool = False
@@ -110,11 +111,15 @@ class StandinStore:
         found = self.lookup(ids)
         return int(np.argmin(found)) if not found.all() else len(found)
 
-    def lookup_abandoned(self, ids: Any) -> Any:
-        return np.array([one.tobytes() in self.world.abandoned for one in block_ids(ids)], dtype=bool)
+    def lookup_abandoned(self, ids: Any, promise: int = ANY_PROMISE) -> Any:
+        broken: dict[bytes, set[int]] = {}
+        for key, number in self.world.abandoned:
+            broken.setdefault(key, set()).add(number)
+        known = [broken.get(one.tobytes(), set()) for one in block_ids(ids)]
+        return np.array([bool(one & {promise, ANY_PROMISE} if promise else one) for one in known])
 
-    def abandon(self, ids: Any) -> bool:
-        self.world.abandoned.update(one.tobytes() for one in block_ids(ids))
+    def abandon(self, ids: Any, promise: int = ANY_PROMISE) -> bool:
+        self.world.abandoned.update((one.tobytes(), promise) for one in block_ids(ids))
         return True
 
     def save(self, ids: Any, addresses: Any, **how: Any) -> StandinTask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import time
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from ucm.errors import Status
 from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, CAN_REPORT
 from ucm.integration.vllm.scheduler import logger
+from ucm.store import ANY_PROMISE
 
 LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
 
@@ -63,6 +65,9 @@ def check(sim: Simulation, asked: dict[str, list[int]], count: int = 8) -> None:
 
 MODES = [(False, 1), (True, 2)]
 """Scheduler, and AsyncScheduler with one step scheduled ahead of the output."""
+
+REFRESH_S = 0.15
+"""More than ``lookup_refresh_ms``: who waits looks again."""
 
 WINDOWS = [0, 2 * BLOCK + 8] if CAN_FAIL_REQUESTS else [0]
 """One KV cache group; and two, of which the second has a sliding window of so many tokens."""
@@ -177,44 +182,134 @@ def test_every_report_is_given_once(model: str, asynchronous: bool, depth: int, 
             assert len(seen) == len(set(seen)), kind
 
 
-def test_dropped_saves_harm_nobody(model: str) -> None:
-    """A store that refuses saves costs hits, and the promise it broke is abandoned."""
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_dropped_saves_harm_nobody(model: str, asynchronous: bool, depth: int, layerwise: bool) -> None:
+    """A store that refuses saves costs hits, and every promise that it broke is abandoned by its number: who
+    waits for it computes at once."""
     world, asked = World(refuse_saves=True), prompts(8)
-    sim = Simulation(vllm_config(model), world)
+    config = vllm_config(model, handoff_wait_ms=60_000, use_layerwise=layerwise)
+    sim = Simulation(config, world, asynchronous=asynchronous, layerwise=layerwise)
     for name, prompt in asked.items():
         sim.add(name, prompt)
-    sim.run()
+    sim.run(depth=depth)
     check(sim, asked)
     assert not world.blocks
-    assert world.abandoned
+    promised = [one.params["ucm"]["promise"] for one in sim.results.values() if one.params]
+    assert promised
+    assert {f"{number:x}" for _, number in world.abandoned} >= set(promised)
+    decode = Simulation(config, world, asynchronous=asynchronous, layerwise=layerwise)
+    for name, prompt in asked.items():
+        decode.add(name, prompt, kv_transfer_params=sim.results[name].params)
+    started = time.monotonic()
+    decode.run(steps=10**6, depth=depth)
+    assert time.monotonic() - started < 30
+    check(decode, asked)
+    assert world.loaded == 0
 
 
-def test_handoff_waits_until_published(model: str) -> None:
+def prefilled(model: str, world: World, prompt: list[int], **mode: Any) -> dict[str, Any]:
+    """What a prefill server announces of a prompt, with all saves over."""
+    prefill = Simulation(vllm_config(model, role="kv_producer"), world, **mode)
+    prefill.add("p", prompt, 1)
+    prefill.run()
+    params: dict[str, Any] = prefill.results["p"].params
+    assert params["ucm"]["blocks"] == len(prompt) // BLOCK
+    assert params["ucm"]["tokens"] == len(prompt) // BLOCK * BLOCK
+    return params
+
+
+def waiting(sim: Simulation, depth: int, steps: int = 20) -> None:
+    """Steps, with ``depth`` outputs in flight, in which nothing may come of request ``d``."""
+    for _ in range(steps):
+        sim.schedule()
+        while len(sim.pending) >= depth:
+            sim.deliver()
+    assert sim.results["d"].tokens == []
+    assert sim.world.loaded == 0
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+def test_handoff_waits_until_published(model: str, asynchronous: bool, depth: int) -> None:
     """Decode waits for exactly what prefill announced, then loads it."""
     world = World()
     prompt = list(range(4 * BLOCK + 3))
-    prefill = Simulation(vllm_config(model, role="kv_producer"), world)
-    prefill.add("p", prompt, 1)
-    prefill.run()
-    params = prefill.results["p"].params
-    assert params["ucm"]["blocks"] == 4
-    assert params["ucm"]["tokens"] == 4 * BLOCK
+    params = prefilled(model, world, prompt, asynchronous=asynchronous)
     hidden = dict(world.blocks)
     world.blocks.clear()
-    decode = Simulation(vllm_config(model, role="kv_consumer"), world)
+    decode = Simulation(vllm_config(model, role="kv_consumer"), world, asynchronous=asynchronous)
     decode.add("d", prompt, 8, kv_transfer_params=params)
-    for _ in range(20):
-        decode.step()
-    assert decode.results["d"].tokens == []
-    assert world.loaded == 0
+    decode.add("other", [9] * BLOCK, 8)  # nobody else waits
+    waiting(decode, depth)
+    assert len(decode.results["other"].tokens) == 8
+    world.blocks.update(dict(list(hidden.items())[:3]))
+    time.sleep(REFRESH_S)
+    waiting(decode, depth)
     world.blocks.update(hidden)
-    import time
-
-    time.sleep(0.15)  # lookup_refresh_ms
-    decode.run()
-    assert decode.results["d"].tokens == expected(prompt, 8)
+    time.sleep(REFRESH_S)
+    decode.run(depth=depth)
+    check(decode, {"d": prompt})
     assert world.loaded == 4
     assert world.saved == 4  # a consumer saves nothing
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+@pytest.mark.parametrize("moment", [0, 1, 7])
+def test_abort_while_waiting_for_a_promise(model: str, asynchronous: bool, depth: int, moment: int) -> None:
+    """A client that leaves while its request waits for a promise leaves nothing behind, and the same prompt,
+    asked again with the same promise, waits again."""
+    world, prompt = World(), list(range(4 * BLOCK + 3))
+    params = prefilled(model, world, prompt)
+    hidden = dict(world.blocks)
+    world.blocks.clear()
+    decode = Simulation(vllm_config(model, role="kv_consumer"), world, asynchronous=asynchronous)
+    decode.add("d", prompt, 8, kv_transfer_params=params)
+    waiting(decode, depth, moment)
+    decode.abort("d")
+    decode.run(depth=depth)
+    assert not decode.scheduler.requests
+    side = decode.scheduler.connector._scheduler
+    assert side is not None
+    assert not side._requests
+    assert decode.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
+    decode.add("d", prompt, 8, kv_transfer_params=params)
+    waiting(decode, depth, 5)
+    world.blocks.update(hidden)
+    time.sleep(REFRESH_S)
+    decode.run(depth=depth)
+    check(decode, {"d": prompt})
+    assert world.loaded == 4
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+def test_an_old_broken_promise_ended_the_wait_for_a_new_one(
+    model: str, asynchronous: bool, depth: int
+) -> None:
+    """A prompt whose save was dropped is prefilled again: decode waits for the new promise, though the old
+    one of the same blocks is known to be broken; and for the old one nobody waits."""
+    world, prompt = World(refuse_saves=True), list(range(4 * BLOCK + 3))
+    broken = prefilled(model, world, prompt, asynchronous=asynchronous)
+    assert len(world.abandoned) == 4
+    world.refuse_saves = False
+    kept = prefilled(model, world, prompt, asynchronous=asynchronous)
+    hidden = dict(world.blocks)
+    world.blocks.clear()
+    config = vllm_config(model, role="kv_consumer", caching=False, handoff_wait_ms=60_000)
+    decode = Simulation(config, world, asynchronous=asynchronous)
+    decode.add("d", prompt, 8, kv_transfer_params=kept)
+    waiting(decode, depth)
+    decode.add("old", prompt, 8, kv_transfer_params=broken)
+    decode.add("either", prompt, 8, kv_transfer_params={
+        "ucm": {"version": 1, "promises": [broken["ucm"], kept["ucm"]]}
+    })  # fmt: skip
+    waiting(decode, depth)
+    check(decode, {"old": prompt})
+    assert decode.results["either"].tokens == []
+    world.blocks.update(hidden)
+    time.sleep(REFRESH_S)
+    decode.run(depth=depth)
+    check(decode, {"d": prompt, "either": prompt})
+    assert world.loaded == 8
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -265,28 +360,26 @@ def test_request_of_several_prompts_finds_its_own_promise(model: str) -> None:
     assert world.loaded - loaded == 9
 
 
-@pytest.mark.parametrize("end", ["timeout", "abandoned", "mismatch"])
-def test_handoff_wait_ends(model: str, end: str) -> None:
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+@pytest.mark.parametrize("end", ["timeout", "abandoned", "abandoned by an older server", "mismatch"])
+def test_handoff_wait_ends(model: str, end: str, asynchronous: bool, depth: int) -> None:
     """A promise that is not kept ends in computing: at once where that is known, else in time."""
-    import time
-
     world = World()
     prompt = list(range(4 * BLOCK + 3))
-    prefill = Simulation(vllm_config(model), world)
-    prefill.add("p", prompt, 1)
-    prefill.run()
-    params = prefill.results["p"].params
-    ids = {key for key, _ in world.blocks}
+    params = prefilled(model, world, prompt)
+    ids = [key for key, _ in world.blocks]
     world.blocks.clear()
     wait_ms = 300 if end == "timeout" else 60_000
-    decode = Simulation(vllm_config(model, handoff_wait_ms=wait_ms), world)
-    if end == "abandoned":
-        world.abandoned = set(list(ids)[:1])
+    decode = Simulation(vllm_config(model, handoff_wait_ms=wait_ms), world, asynchronous=asynchronous)
     if end == "mismatch":
         params["ucm"]["namespace"]["dtype"] = "float16"
     started = time.monotonic()
     decode.add("d", prompt, 8, kv_transfer_params=params)
-    decode.run(steps=10**6)
+    if "abandoned" in end:  # while it waits
+        waiting(decode, depth)
+        number = ANY_PROMISE if "older" in end else int(params["ucm"]["promise"], 16)
+        world.abandoned = {(ids[1], number)}
+    decode.run(steps=10**6, depth=depth)
     assert decode.results["d"].tokens == expected(prompt, 8)
     took = time.monotonic() - started
     assert took < 5
@@ -296,8 +389,6 @@ def test_handoff_wait_ends(model: str, end: str) -> None:
 
 def test_saves_lost_at_shutdown_kept_decode_waiting(model: str) -> None:
     """A server that shuts down before its saves are stored gives them up: who waits for them computes."""
-    import time
-
     world, prompt = World(hold=True, stuck=True), list(range(4 * BLOCK + 3))
     prefill = Simulation(vllm_config(model), world)
     prefill.add("p", prompt, 1)
@@ -521,8 +612,6 @@ def test_held_blocks_of_aborted_requests_are_released(
 
 def test_asking_again_is_cheap(model: str) -> None:
     """A waiting request that is asked again costs microseconds and no lookup."""
-    import time
-
     world = World()
     sim = Simulation(vllm_config(model), world)
     request = sim.add("r", list(range(3000)), 1)

@@ -6,6 +6,7 @@ with ids that this server computed itself; nothing is loaded because a message s
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +14,20 @@ from typing import Any, Final
 
 from ucm.integration.vllm.convert import readable
 from ucm.integration.vllm.namespace import Namespace, differences
+from ucm.store import ANY_PROMISE
 
 KEY: Final = "ucm"
 VERSION: Final = 1
+NUMBER_BITS: Final = 64
+
+
+def new_number() -> int:
+    """A number for the promise of one request.
+
+    Blocks that a writer gave up under an earlier promise may come under this one. Random numbers tell the two
+    apart where several writers promise, restart, and have no common clock.
+    """
+    return secrets.randbits(NUMBER_BITS) or 1
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,11 @@ class Promise:
     blocks: int
     last_block: str
     writer: str
+    number: int
+    """The one under which its writer gives blocks up; ``ANY_PROMISE``: it told none."""
 
 
-def announce(namespace: Namespace, block_tokens: int, ids: Any, writer: str) -> dict[str, Any]:
+def announce(namespace: Namespace, block_tokens: int, ids: Any, writer: str, number: int) -> dict[str, Any]:
     """The announcement for the blocks with these ids."""
     return {
         "version": VERSION,
@@ -38,6 +52,7 @@ def announce(namespace: Namespace, block_tokens: int, ids: Any, writer: str) -> 
         "blocks": len(ids),
         "last_block_id": ids[-1].tobytes().hex() if len(ids) else "",
         "writer": writer,
+        "promise": f"{number:x}",
     }
 
 
@@ -54,10 +69,12 @@ def _one(entry: Any) -> Promise | None:
             int(entry["blocks"]),
             str(entry["last_block_id"]),
             str(entry.get("writer", "")),
+            int(str(entry.get("promise", f"{ANY_PROMISE:x}")), 16),
         )
     except (KeyError, TypeError, ValueError):
         return None
-    return promise if promise.blocks > 0 and promise.tokens > 0 else None
+    valid = promise.blocks > 0 and promise.tokens > 0 and 0 <= promise.number < 1 << NUMBER_BITS
+    return promise if valid else None
 
 
 def read(params: Any) -> list[Promise]:
@@ -84,6 +101,8 @@ class Wait:
         self.waited = False
         self.blocks: int | None = None
         """How many blocks of this prompt were announced; None: not yet compared."""
+        self.numbers: set[int] = set()
+        """Of the promises that announced them: while one of these is not broken, it is waited for."""
 
     def compare(self, mine: Namespace, ids: Any) -> list[str]:
         """Finds the promise for these ids; gives in what it differs, if none can be waited for.
@@ -91,7 +110,7 @@ class Wait:
         Neither a promise for another prompt of the same request is a difference, nor a byte order
         that can be converted.
         """
-        self.blocks = 0
+        self.blocks, found = 0, list[Promise]()
         for promise in self.promises:
             fields = differences(mine.describe(), promise.namespace)
             if promise.namespace.get("order", "") in readable(mine.order):
@@ -100,5 +119,7 @@ class Wait:
                 return fields
             last = promise.blocks - 1
             if last < len(ids) and ids[last].tobytes().hex() == promise.last_block:
-                self.blocks = max(self.blocks, promise.blocks)
+                found.append(promise)
+        self.blocks = max((promise.blocks for promise in found), default=0)
+        self.numbers = {promise.number for promise in found if promise.blocks == self.blocks}
         return ["tokens"] if self.blocks == 0 and len(self.promises) == 1 else []

@@ -12,6 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.v1.core.sched import output
 
+from ucm.store import ANY_PROMISE
+
 WorkerMetadataBase: Any = getattr(base, "KVConnectorWorkerMetadata", object)
 """Missing before 0.18: there nothing but finished transfers travels back."""
 
@@ -34,6 +36,8 @@ class Transfer:
     """For each block of a load the byte order to read, see ``siblings.py``; empty: this server's own."""
     hold: int = NO_HOLD
     """Of a load: the hold that has the blocks in memory. They are loaded in this step, layer by layer."""
+    promise: int = ANY_PROMISE
+    """Of a save: the number of the promise that is broken if it fails."""
 
 
 @dataclass(slots=True)

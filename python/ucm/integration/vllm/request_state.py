@@ -7,6 +7,7 @@ from typing import Any, Final
 from ucm.integration.vllm import handoff
 from ucm.integration.vllm.chain import BlockChain
 from ucm.integration.vllm.holds import Held
+from ucm.store import ANY_PROMISE
 
 NO_GAP: Final = 1 << 62
 """A block number that no request reaches."""
@@ -17,14 +18,18 @@ class RequestState:
 
     __slots__ = (
         "cap", "chain", "explained", "failure", "frozen", "gap", "held", "hits", "in_step", "load_first",
-        "load_slots", "lookup_at", "lookup_key", "request", "save_step", "saved", "sources", "table", "told",
-        "wait", "whole",
+        "load_slots", "lookup_at", "lookup_key", "promise", "request", "save_step", "saved", "sources",
+        "table", "told", "wait", "whole",
     )  # fmt: skip
 
-    def __init__(self, request: Any, chain: BlockChain, wait: handoff.Wait | None) -> None:
+    def __init__(
+        self, request: Any, chain: BlockChain, wait: handoff.Wait | None, promise: int = ANY_PROMISE
+    ) -> None:
         self.request = request
         self.chain = chain
         self.wait = wait
+        self.promise = promise
+        """The number under which its blocks are promised, and given up."""
         self.table: list[list[int]] = []
         """vLLM's block numbers of each KV cache group, as far as they were scheduled."""
         self.saved = 0

@@ -27,6 +27,7 @@ from ucm.integration.vllm.pins import Pins
 from ucm.integration.vllm.request_state import RequestState
 from ucm.integration.vllm.siblings import Siblings
 from ucm.integration.vllm.stats import MISMATCH_PREFIX, UcmStats
+from ucm.store import ANY_PROMISE
 
 EPOCH_BYTES: Final = 16
 
@@ -95,7 +96,8 @@ class SchedulerSide:
             chain = BlockChain(self._store, extras, self._block_tokens)
             promises = handoff.read(getattr(request, "kv_transfer_params", None)) if self._loads else []
             wait = handoff.Wait(promises, self._config.handoff_wait_ms) if promises else None
-            state = self._requests[request.request_id] = RequestState(request, chain, wait)
+            number = handoff.new_number() if self._saves else ANY_PROMISE
+            state = self._requests[request.request_id] = RequestState(request, chain, wait, number)
         return state
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -235,8 +237,9 @@ class SchedulerSide:
         return True
 
     def _abandoned(self, state: RequestState, first: int, end: int) -> bool:
+        assert state.wait is not None
         ids = state.chain.upto(state.request, end)[first:]
-        return bool(self._store.lookup_abandoned(ids).any())
+        return all(self._store.lookup_abandoned(ids, number).any() for number in state.wait.numbers)
 
     def _tell(self, state: RequestState, computed_tokens: int) -> None:
         state.told = True
@@ -378,7 +381,8 @@ class SchedulerSide:
         if not wanted:
             return None
         ids = ids[np.array(wanted) - first]
-        return Transfer(state.request.request_id, ids.tobytes(), _rows(table, wanted))
+        slots = _rows(table, wanted)
+        return Transfer(state.request.request_id, ids.tobytes(), slots, promise=state.promise)
 
     # -- the end of requests --------------------------------------------------------------------
 
@@ -447,9 +451,8 @@ class SchedulerSide:
         if blocks == 0 or state.frozen:
             return None
         ids = state.chain.upto(request, blocks)
-        params: dict[str, Any] = {
-            handoff.KEY: handoff.announce(self._namespace, self._block_tokens, ids, self._writer)
-        }
+        promise = handoff.announce(self._namespace, self._block_tokens, ids, self._writer, state.promise)
+        params: dict[str, Any] = {handoff.KEY: promise}
         asked = getattr(request, "kv_transfer_params", None)
         if isinstance(asked, dict) and asked.get("do_remote_decode"):
             params |= {"do_remote_prefill": True, "do_remote_decode": False}

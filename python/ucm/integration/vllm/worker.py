@@ -54,11 +54,16 @@ class LoadJob:
 class SaveJob:
     """The saves of one step, of all its requests: one task, or one per layer."""
 
-    __slots__ = ("copied", "ids", "layers", "refused", "requests", "slots", "started", "step", "tasks")
+    __slots__ = (
+        "copied", "ids", "layers", "promises", "refused", "requests", "slots", "started", "step", "tasks",
+    )  # fmt: skip
 
     def __init__(self, transfers: list[Transfer], step: int) -> None:
         self.requests = {transfer.request for transfer in transfers}
         self.ids = block_ids(b"".join(transfer.ids for transfer in transfers))
+        counts = [len(block_ids(transfer.ids)) for transfer in transfers]
+        self.promises = np.repeat(np.array([t.promise for t in transfers], dtype=np.uint64), counts)
+        """For each block the number of the promise that it belongs to."""
         self.slots = [slot for t in transfers for slot in t.slots]
         self.step = step
         self.tasks: list[Any] = []
@@ -215,7 +220,7 @@ class WorkerSide:
         self.stats.add("saves")
         if job.refused:
             self.stats.add("save_dropped_blocks", len(job.ids))
-            self._give_up(job.ids)
+            self._give_up(job.ids, job.promises)
         if job.tasks:
             self._saves.append(job)
 
@@ -234,10 +239,11 @@ class WorkerSide:
             if not isinstance(error, Busy):
                 logger.warning("a save of %d blocks was refused: %s", len(job.ids), error)
 
-    def _give_up(self, ids: Any) -> None:
+    def _give_up(self, ids: Any, promises: npt.NDArray[np.uint64]) -> None:
         """Ends the wait of servers to which these blocks were promised."""
         try:
-            self._store.abandon(ids)
+            for promise in np.unique(promises):
+                self._store.abandon(ids[promises == promise], int(promise))
         except UcmError as error:
             logger.debug("blocks could not be abandoned: %s", error)
 
@@ -330,7 +336,7 @@ class WorkerSide:
             self.stats.add("save_failed_blocks", count - saved)
             reason = next((t.error() for t in job.tasks if t.poll(Stage.PERSISTED) != Status.OK), "")
             logger.warning("%d blocks were not saved: %s", count - saved, reason)
-            self._give_up(job.ids[~good])
+            self._give_up(job.ids[~good], job.promises[~good])
 
     @staticmethod
     def _good(task: Any, blocks: int) -> npt.NDArray[np.bool_]:
@@ -410,7 +416,7 @@ class WorkerSide:
         if self._saves:
             logger.warning("%d saves were not finished in time and are lost", len(self._saves))
         for job in self._saves:
-            self._give_up(job.ids)  # ids that were stored all the same are found, marked or not
+            self._give_up(job.ids, job.promises)  # ids that were stored all the same are found, marked or not
         self._holds.close()
         self._converters.close()
         self._store.close()
