@@ -43,6 +43,11 @@ def transfer_config(yaml_file: Path, role: str = "kv_both") -> str:
     })  # fmt: skip
 
 
+WITHOUT_OVERRIDE = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--")
+"""Starts a program that file modes hold for, though root runs it. It drops the two capabilities that set root
+above them, so that the kernel itself refuses, wherever in the engine a path is opened or listed."""
+
+
 class Server:
     """A running ``vllm serve``. ``environment`` is what differs from this process's."""
 
@@ -54,6 +59,8 @@ class Server:
         self.log = log
         program = Path(python).parent / "vllm"
         command = [str(program), "serve", model, *ENGINE, "--port", str(self.port), *more]
+        if os.geteuid() == 0:
+            command = [*WITHOUT_OVERRIDE, *command]
         if yaml_file is not None:
             command += ["--kv-transfer-config", transfer_config(yaml_file)]
         whole = os.environ | environment

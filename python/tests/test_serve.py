@@ -22,6 +22,11 @@ EXAMPLE = HERE.parent.parent / "examples" / "ucm_config_example.yaml"
 
 LOADED = "ucm_verified_loaded_tokens_total"
 FAILED = "ucm_load_failed_blocks_total"
+SAVE_FAILED = "ucm_save_failed_blocks_total"
+
+SEGMENT_MB = 1
+FRESH_TOKENS = 300
+"""Of a prompt; four of them fill more than one segment."""
 
 ECHOED = "A block of keys and values is saved once and loaded often. " * 9
 
@@ -87,11 +92,13 @@ def fault_library(bench: Bench) -> Path:
 def test_storage_fails_under_a_running_server(
     bench: Bench, plain: list[dict[str, Any]], fault_library: Path
 ) -> None:
-    """Reads that fail, reads that take too long, no storage at all, a full disk, damaged segments,
-    a directory that is moved away."""
+    """Reads that fail, reads that take too long, no storage at all, a full disk, damaged segments, a
+    directory in which nothing can be opened or listed, one that is moved away, a file in its place."""
     directory, switch = bench.root / "kv-faults", bench.root / "fault"
     switch.write_text("none")
-    yaml_file = bench.file("kv-faults", store_pipeline="Posix", io_engine="psync", timeout_ms=5000)
+    yaml_file = bench.file(
+        "kv-faults", store_pipeline="Posix", io_engine="psync", timeout_ms=5000, segment_size_mb=SEGMENT_MB
+    )
     faults = {
         "LD_PRELOAD": str(fault_library), "UCM_FAULT_DIRECTORY": str(directory),
         "UCM_FAULT_SWITCH": str(switch),
@@ -123,10 +130,10 @@ def test_storage_fails_under_a_running_server(
             loaded_again()
 
         switch.write_text("disk-full")
-        fresh = [prompt(300, 70 + i) for i in range(4)]
-        answers = bench.once("fresh", [{"prompts": fresh, "tokens": 8}])[0]
+        fresh, newer = ([prompt(FRESH_TOKENS, 70 + i + 10 * j) for i in range(4)] for j in range(2))
+        answers, others = bench.once("fresh", [{"prompts": ps, "tokens": 8} for ps in (fresh, newer)])
         assert same(one.many(fresh), answers)
-        assert one.settle("ucm_save_failed_blocks_total", 1) > 0
+        assert one.settle(SAVE_FAILED, 1) > 0
         switch.write_text("none")
         assert same(one.many(fresh), answers)
         loaded_again()
@@ -135,11 +142,23 @@ def test_storage_fails_under_a_running_server(
         failed("damaged segments")
         loaded_again()
 
+        # What is open already is read; nothing else can be, nor listed; and the next segment cannot be made.
+        before = one.metrics()
+        directory.chmod(0)
+        assert same(one.many(PROMPTS, 24), want)
+        assert same(one.many(newer), others)
+        assert one.settle(SAVE_FAILED, before[SAVE_FAILED] + 1) > before[SAVE_FAILED]
+        assert one.settle(LOADED, before[LOADED] + loadable(PROMPTS)) >= before[LOADED] + loadable(PROMPTS)
+        directory.chmod(0o700)
+        assert same(one.many(newer), others)
+        loaded_again()
+
         # Last: what a server saves after its directory was moved goes where nobody looks.
         directory.rename(directory.with_name("kv-away"))
         for _ in range(3):
             assert same(one.many(PROMPTS, 24), want)
             assert same(one.many(fresh), answers)
+            directory.touch()  # a file in its place
         one.stop()
 
 
