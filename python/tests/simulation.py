@@ -103,9 +103,10 @@ class NoConverters:
 class Simulation:
     def __init__(
         self, vllm_config: Any, world: World, blocks: int = 64, *, asynchronous: bool = False,
-        layerwise: bool = False, window: int = 0,
+        layerwise: bool = False, window: int = 0, stream: Any = None,
     ) -> None:  # fmt: skip
-        """``window``: the second layer is in a group of its own, and sees so many tokens."""
+        """``window``: the second layer is in a group of its own, and sees so many tokens. ``stream``: that of
+        a device; without one the model computes on the CPU."""
         self.world = world
         self.window = window
         page: dict[str, Any] = {"num_kv_heads": 1, "head_size": 2, "dtype": torch.bfloat16}
@@ -139,7 +140,7 @@ class Simulation:
         store = StandinStore(world, slices, shards=shards)
         self.connector._worker = worker.WorkerSide(
             self.connector._config, Rank(0, 0, 1, True), layout, batches,
-            store, ComputeStream("cpu"), BLOCK, NoConverters(), layerwise=layerwise,
+            store, stream or ComputeStream("cpu"), BLOCK, NoConverters(), layerwise=layerwise,
             fails_requests=shape.windowed,
         )  # fmt: skip
         self.running: dict[str, Running] = {}

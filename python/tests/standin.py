@@ -13,8 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from ucm.errors import Busy, Status
+from ucm.errors import Busy, Status, UcmError
 from ucm.store import ANY_PROMISE, Stage, block_ids
+
+STREAM = 7
+"""The handle of the simulated model's stream."""
+
+
+class StandinStream:
+    """Stands in for the compute stream of a device, on which the simulated model computes at once."""
+
+    is_device = True
+
+    def record(self) -> int:
+        return 1
+
+    def synchronize(self) -> None:
+        raise AssertionError("the CPU waited for the device")
+
+    def handle(self) -> int:
+        return STREAM
 
 
 @dataclass
@@ -31,6 +49,11 @@ class World:
     """Whether tasks stay pending."""
     stuck: bool = False
     """Whether they stay so while they are waited for."""
+    slow: int = 0
+    """How often a task is polled before it is over by itself: its bytes are moved no earlier."""
+    crowded: bool = False
+    """Whether no copy gets into a queue of the device."""
+    refuse_streams: bool = False
     refuse_saves: bool = False
     refuse_holds: bool = False
     hold_holds: bool = False
@@ -41,6 +64,10 @@ class World:
     """Holds that were asked for."""
     held: int = 0
     """Holds that have not ended."""
+    waits: list[Stage] = field(default_factory=list)
+    """Stages that the CPU waited for."""
+    stream_waits: int = 0
+    cancelled: int = 0
     lookups: int = 0
     loaded: int = 0
     saved: int = 0
@@ -50,6 +77,7 @@ class StandinTask:
     def __init__(self, world: World, work: Any, count: int) -> None:
         self._world, self._work, self._statuses = world, work, np.zeros(count, dtype=np.int32)
         self._done = False
+        self._polls = 0
 
     def _run(self) -> None:
         if not self._done:
@@ -57,8 +85,11 @@ class StandinTask:
             self._done = True
 
     def poll(self, stage: Stage | None = None) -> Status:
+        if stage == Stage.ENQUEUED:
+            return Status.PENDING if self._world.crowded and not self._done else Status.OK
         if not self._done:
-            if self._world.hold:
+            self._polls += 1
+            if self._world.hold or self._polls <= self._world.slow:
                 return Status.PENDING
             self._run()
         bad = self._statuses[self._statuses != 0]
@@ -67,9 +98,19 @@ class StandinTask:
         return Status.OK
 
     def wait_status(self, stage: Stage | None = None, timeout_ms: int = -1) -> Status:
-        if not self._world.stuck:
+        if stage is not None:
+            self._world.waits.append(stage)
+        if not self._world.stuck and stage != Stage.ENQUEUED:
             self._run()
         return self.poll(stage)
+
+    def stream_wait(self, stream: int | None) -> None:
+        """What the simulated model does next comes after the copies: they are made now."""
+        assert stream == STREAM
+        if self._world.refuse_streams:
+            raise UcmError("told to refuse", Status.DEVICE)
+        self._world.stream_waits += 1
+        self._run()
 
     def statuses(self) -> Any:
         return self._statuses
@@ -78,6 +119,11 @@ class StandinTask:
         return "told to fail"
 
     def cancel(self) -> None:
+        """Drops what has no place in a queue; what has is copied all the same."""
+        self._world.cancelled += 1
+        if self._world.crowded:
+            self._statuses[:] = Status.CANCELLED
+            self._done = True
         self._run()
 
 
@@ -126,10 +172,13 @@ class StandinStore:
         if self.world.refuse_saves:
             raise Busy("told to refuse")
         keys, rows, shards = self._entries(ids, addresses, how)
+        before = [self._read(row) for row in rows]
 
         def work() -> Any:
-            for key, row, shard in zip(keys, rows, shards, strict=True):
-                data = b"".join(ctypes.string_at(int(a), n) for a, n in zip(row, self.slices, strict=True))
+            for key, row, shard, was in zip(keys, rows, shards, before, strict=True):
+                data = self._read(row)
+                # The simulated model has computed when it submits.
+                assert data == was, "a block was written over before it was copied"
                 pieces = self.world.partial.setdefault((key, self.part), {})
                 pieces[shard] = data
                 if len(pieces) == self.shards:
@@ -139,6 +188,9 @@ class StandinStore:
             return np.zeros(len(keys), dtype=np.int32)
 
         return StandinTask(self.world, work, len(keys))
+
+    def _read(self, row: Any) -> bytes:
+        return b"".join(ctypes.string_at(int(a), n) for a, n in zip(row, self.slices, strict=True))
 
     def hold(self, ids: Any) -> StandinHold:
         if self.world.refuse_holds:

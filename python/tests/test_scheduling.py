@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from simulation import BLOCK, Simulation, expected
-from standin import StandinStore, World
+from standin import StandinStore, StandinStream, World
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from ucm.errors import Status
 from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, CAN_REPORT
 from ucm.integration.vllm.scheduler import logger
-from ucm.store import ANY_PROMISE
+from ucm.store import ANY_PROMISE, Stage
 
 LOOSE = {"store_pipeline": "Cache|Posix", "storage_backends": "/nowhere", "timeout_ms": 200}
 
@@ -105,6 +105,49 @@ def test_preempted_and_resumed(model: str, asynchronous: bool, depth: int, windo
     check(sim, asked, 40)
     assert world.saved
     assert sim.preemptions
+
+
+def check_preemptions_on_a_device(model: str, world: World, window: int = 0) -> None:
+    """Preempts requests whose blocks are still being copied; a second server loads all that was saved of
+    them, and says what a server without a store says."""
+    asked, count = prompts(12, seed=3), 40
+    world.slow = 8
+    for blocks in (26, 200):
+        sim = Simulation(vllm_config(model), world, blocks, window=window, stream=StandinStream())
+        for name, prompt in asked.items():
+            sim.add(name, prompt, count)
+        sim.run(steps=4000)
+        check(sim, asked, count)
+        assert sim.preemptions or blocks == 200
+        asked = {name: prompt + expected(prompt, count) for name, prompt in asked.items()}
+    assert world.saved and world.loaded
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_preempted_blocks_are_waited_for_on_the_device(model: str, window: int) -> None:
+    """Goal: the compute stream waits for the copies of preempted blocks, and no step does on the CPU."""
+    world = World()
+    check_preemptions_on_a_device(model, world, window)
+    assert world.stream_waits
+    assert set(world.waits) == {Stage.ENQUEUED}
+    assert not world.cancelled
+
+
+def test_preempted_blocks_without_a_place_in_a_queue_are_dropped(model: str) -> None:
+    """Goal: a copy that the device has not got when the wait for it is over is cancelled: it would read what
+    the next step writes."""
+    world = World(crowded=True)
+    check_preemptions_on_a_device(model, world)
+    assert world.cancelled and world.stream_waits
+    assert set(world.waits) == {Stage.ENQUEUED}
+
+
+def test_preempted_blocks_are_waited_for_on_the_cpu_where_the_stream_cannot(model: str) -> None:
+    """Goal: where the engine cannot make the stream wait, the CPU does, as it does without a device."""
+    world = World(refuse_streams=True)
+    check_preemptions_on_a_device(model, world)
+    assert not world.stream_waits
+    assert set(world.waits) >= {Stage.ENQUEUED, Stage.COPIED}
 
 
 @pytest.mark.parametrize("window", WINDOWS)

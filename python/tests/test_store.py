@@ -179,6 +179,29 @@ def test_batch_with_missing_blocks_loads_the_others(tmp_path: Path) -> None:
         assert (copy[2] == memory[2]).all()
 
 
+def test_streams_wait_for_saves_and_for_loads_alike(tmp_path: Path) -> None:
+    """Goal: after stream_wait of a save its memory may be written over, whatever becomes of the save; of a
+    load that lacks a block it raises. On the host the CPU waits."""
+    memory = pages(4)
+    ids = [bytes([i]) * 16 for i in range(4)]
+    with ucm.Store(**options(tmp_path)) as store:
+        save = store.save(ids, table(memory))
+        save.stream_wait()
+        assert save.poll(Stage.ENQUEUED) == save.poll(Stage.COPIED) == errors.Status.OK
+        memory[:] = 0
+        cancelled = store.save([b"x" * 16], table(memory)[:1])
+        cancelled.cancel()
+        cancelled.stream_wait()
+        save.wait()
+        copy = np.zeros_like(memory)
+        load = store.load(ids, table(copy))
+        load.stream_wait()
+        assert load.poll(Stage.ENQUEUED) == errors.Status.OK
+        assert (copy == pages(4)).all()
+        with pytest.raises(errors.NotFound):
+            store.load([b"y" * 16], table(copy)[:1]).stream_wait()
+
+
 def test_layers(tmp_path: Path) -> None:
     """Saved layer by layer in any order, found when the last layer is in, loaded whole."""
     memory = pages(2)

@@ -49,6 +49,8 @@ class Stage(IntEnum):
     """A load: the bytes are in place."""
     RELEASED = 4
     """The engine never touches the caller's memory again."""
+    ENQUEUED = 5
+    """A save or a load: all copies are in a queue of the device, or over; ``stream_wait`` does not block."""
 
 
 def block_ids(ids: Any) -> BlockIds:
@@ -168,7 +170,9 @@ class Task:
             raise error_for(status, self.error())
 
     def stream_wait(self, stream: int | None = None) -> None:
-        """Makes a device stream wait for this load's copies."""
+        """Makes a device stream wait for this task's copies: what runs there afterwards sees what was
+        loaded, or may write over what is being saved. Blocks until stage ENQUEUED; raises the first error of
+        a load, and where nothing was ordered."""
         status = self._lib.ucm_task_stream_wait(self._handle, stream)
         if status != 0:
             raise error_for(status, self.error() or _native.last_error())

@@ -387,7 +387,24 @@ class WorkerSide:
         if not jobs:
             return
         self.stats.add("preemption_waits", len(jobs))
+        if self._stream.is_device:
+            self._wait(jobs, Stage.ENQUEUED)
+            jobs = [job for job in jobs if not self._is_waited_for(job)]
         self._end_copies(jobs)
+
+    def _is_waited_for(self, job: SaveJob) -> bool:
+        """Makes the compute stream wait for the copies that are in a queue of the device, and drops the
+        others. What writes to vLLM's memory then comes after them: kernels run on that stream, and loads wait
+        for events of it."""
+        try:
+            for task in job.tasks:
+                if task.poll(Stage.ENQUEUED) == Status.PENDING:
+                    task.cancel()
+                task.stream_wait(self._stream.handle())
+        except UcmError as error:
+            logger.debug("the compute stream does not wait for saves, so the CPU does: %s", error)
+            return False
+        return True
 
     def _end_copies(self, jobs: list[SaveJob]) -> None:
         self._wait(jobs, Stage.COPIED)
