@@ -48,9 +48,9 @@ pub fn library(name: &str, variable: &str, remedy: &str) -> Result<Library, Stri
 /// The function of this name.
 pub fn symbol<T: Copy>(library: &Library, name: &CStr) -> Result<T, String> {
     // SAFETY: the callers state the type that the vendor's header declares for this name.
-    unsafe { library.get::<T>(name.to_bytes_with_nul()) }
-        .map(|symbol| *symbol)
-        .map_err(|error| error.to_string())
+    unsafe { library.get::<T>(name.to_bytes_with_nul()) }.map(|symbol| *symbol).map_err(|_| {
+        format!("the driver library has no {}; install a newer driver", name.to_string_lossy())
+    })
 }
 
 /// Turns a driver's status into a result.
