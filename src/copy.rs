@@ -248,7 +248,7 @@ impl CopyPool {
                     thread::after_batch(|| {
                         for (pool, jobs) in READ.with_borrow_mut(std::mem::take) {
                             if jobs.len() <= READS_HERE {
-                                pool.run_here(jobs);
+                                thread::batch(|| pool.run_here(jobs));
                             } else {
                                 pool.push(jobs);
                             }

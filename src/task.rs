@@ -18,6 +18,7 @@ use crate::block::PartKey;
 use crate::completion::{Completion, CompletionQueue};
 use crate::device::{CapturedEvent, Marker};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::thread;
 use crate::layout::{Layout, Origin, Piece};
 
 /// What a task does.
@@ -184,6 +185,7 @@ pub struct Task {
     freed: AtomicBool,
     started: Instant,
     owner: Weak<dyn TaskOwner>,
+    itself: Weak<Task>,
 }
 
 impl Task {
@@ -196,7 +198,7 @@ impl Task {
         owner: Weak<dyn TaskOwner>,
     ) -> Arc<Self> {
         let count = plan.units.len();
-        Arc::new(Self {
+        Arc::new_cyclic(|itself| Self {
             number,
             plan,
             state: Mutex::new(State {
@@ -221,6 +223,7 @@ impl Task {
             freed: AtomicBool::new(false),
             started: Instant::now(),
             owner,
+            itself: Weak::clone(itself),
         })
     }
 
@@ -387,6 +390,12 @@ impl Task {
         .unwrap_or(Progress::Pending)
     }
 
+    /// Threads that wait for the task now.
+    #[cfg(test)]
+    pub(crate) fn waiters(&self) -> usize {
+        self.state.lock().waiters
+    }
+
     /// The store is closed: wakes those who wait for what may never come, such as RELEASED behind a drive
     /// that hangs. To be called after the store has said so.
     pub(crate) fn store_is_closed(&self) {
@@ -509,9 +518,19 @@ impl Task {
     fn wake(&self, state: &mut State) {
         let now = state.milestones();
         if now != state.milestones && state.waiters > 0 {
-            self.changed.notify_all();
+            self.wake_waiters();
         }
         state.milestones = now;
+    }
+
+    /// At the end of this thread's batch, if it is in one: who is woken by the first of several tasks that end
+    /// together then finds the others ended too, instead of sleeping and being woken for each.
+    fn wake_waiters(&self) {
+        if let Some(task) = self.itself.upgrade() {
+            thread::after_batch_once(Arc::as_ptr(&task).addr(), move || {
+                task.changed.notify_all();
+            });
+        }
     }
 
     fn set_copied(&self, state: &mut State, unit: u32) {

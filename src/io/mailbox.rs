@@ -114,10 +114,15 @@ impl Mailbox {
         (request.done)(Err(Error::new(ErrorKind::Busy, text)));
     }
 
-    pub(super) fn wake_if_parked(&self) {
+    /// Whether what was pushed before needs a wake-up to be seen.
+    pub(super) fn is_parked(&self) -> bool {
         // Pairs with the fence in the thread's `park`: either this sees the flag, or the thread sees the push.
         fence(Ordering::SeqCst);
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed) {
+        self.parked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn wake_if_parked(&self) {
+        if self.is_parked() && self.parked.swap(false, Ordering::Relaxed) {
             self.wakes.fetch_add(1, Ordering::Relaxed);
             self.waker.wake();
         }

@@ -103,11 +103,21 @@ impl Reactor {
         for request in requests {
             shared.enqueue(request);
         }
-        shared.wake_if_parked();
+        self.wake();
         // The thread may have left between the check in `enqueue` and the push: then it is on us.
         if !shared.accepts() {
             shared.fail_queued();
         }
+    }
+
+    /// At the end of this thread's batch, if it is in one: the reactor then finds neighbours together.
+    fn wake(&self) {
+        if thread::in_batch() && self.shared.is_parked() {
+            let shared = Arc::clone(&self.shared);
+            let key = Arc::as_ptr(&shared).addr();
+            return thread::after_batch_once(key, move || shared.wake_if_parked());
+        }
+        self.shared.wake_if_parked();
     }
 
     /// Registers memory for fixed-buffer operations. Waits for the reactor.

@@ -40,7 +40,11 @@ pub fn mark_reactor() {
 }
 
 /// What is left for the end of a batch.
-type Deferred = Box<dyn FnOnce()>;
+struct Deferred {
+    /// Whose it is, where one is enough for all that the batch brings.
+    key: Option<usize>,
+    job: Box<dyn FnOnce()>,
+}
 
 thread_local! {
     /// How many batches the current thread is in, one inside the other.
@@ -69,7 +73,7 @@ pub fn batch<T>(body: impl FnOnce() -> T) -> T {
                 if deferred.is_empty() {
                     return;
                 }
-                deferred.into_iter().for_each(|job| job());
+                deferred.into_iter().for_each(|deferred| (deferred.job)());
             }
         }
     }
@@ -89,10 +93,23 @@ pub fn in_batch() -> bool {
 /// Runs `job` on this thread when its batch ends; at once where it is in none.
 pub fn after_batch(job: impl FnOnce() + 'static) {
     if in_batch() {
-        DEFERRED.with_borrow_mut(|deferred| deferred.push(Box::new(job)));
+        DEFERRED.with_borrow_mut(|all| all.push(Deferred { key: None, job: Box::new(job) }));
     } else {
         job();
     }
+}
+
+/// As [`after_batch`], but once for all calls of a batch with the same key: the address of something that `job`
+/// keeps alive.
+pub fn after_batch_once(key: usize, job: impl FnOnce() + 'static) {
+    if !in_batch() {
+        return job();
+    }
+    DEFERRED.with_borrow_mut(|all| {
+        if all.iter().all(|other| other.key != Some(key)) {
+            all.push(Deferred { key: Some(key), job: Box::new(job) });
+        }
+    });
 }
 
 /// Starts a thread called `name` (the kernel keeps 15 bytes of it) with all signals blocked.
@@ -190,5 +207,24 @@ mod tests {
         }));
         assert!(panicked.is_err() && !in_batch());
         assert_eq!(log.borrow().last(), Some(&"third"));
+    }
+
+    /// What one wake-up is enough for is done once in a batch, and again in the next.
+    #[test]
+    fn one_job_of_a_key_runs_for_a_batch() {
+        let count = Rc::new(Cell::new(0));
+        let add = |key| {
+            let count = Rc::clone(&count);
+            after_batch_once(key, move || count.set(count.get() + 1));
+        };
+        batch(|| {
+            (0..3).for_each(|_| add(1));
+            add(2);
+            assert_eq!(count.get(), 0);
+        });
+        assert_eq!(count.get(), 2);
+        batch(|| add(1));
+        add(1);
+        assert_eq!(count.get(), 4);
     }
 }

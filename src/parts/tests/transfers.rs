@@ -1,6 +1,9 @@
 //! Saves and loads, one event after another.
 
+use std::sync::mpsc;
+
 use super::*;
+use crate::io::thread;
 
 /// Goal: a part is stored when its last shard is in, in whatever order the shards came, and not before.
 #[test]
@@ -84,4 +87,31 @@ fn waiting_loads_go_before_waiting_saves() {
     assert!(matches!(driver.outstanding[0], Action::Read { .. }));
     driver.drain();
     assert!(matches!(save.poll(Stage::Persisted), Progress::Done));
+}
+
+/// Goal: who waits for the first of several tasks that end together is woken when all have: it was woken for each,
+/// and went to sleep again in between.
+#[test]
+fn tasks_that_end_together_wake_their_caller_once() {
+    let (first, second) = (task(Kind::Load, 1, 0, 1), task(Kind::Load, 2, 0, 1));
+    let (woken, wakes) = mpsc::channel();
+    let waiter = {
+        let (first, second) = (Arc::clone(&first), Arc::clone(&second));
+        std::thread::spawn(move || {
+            first.wait(Stage::Loaded, None);
+            woken.send(second.poll(Stage::Loaded)).unwrap();
+        })
+    };
+    while first.waiters() == 0 {
+        std::thread::yield_now();
+    }
+    let early = thread::batch(|| {
+        first.settle(0, Ok(()));
+        let early = wakes.recv_timeout(Duration::from_millis(50));
+        second.settle(0, Ok(()));
+        early
+    });
+    assert!(early.is_err(), "woken before the second task ended");
+    assert!(matches!(wakes.recv().unwrap(), Progress::Done));
+    waiter.join().unwrap();
 }
