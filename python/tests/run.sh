@@ -49,12 +49,12 @@ export PYTHONPATH=$root/python
 unit() {
   local venv=$work/unit
   [ -x "$venv/bin/python" ] || uv venv -q "$venv"
-  uv pip install -q --python "$venv/bin/python" numpy pyyaml types-PyYAML pytest mypy==1.18.2 ruff==0.14.5
+  uv pip install -q --python "$venv/bin/python" numpy pyyaml types-PyYAML pytest hatchling mypy==1.18.2 ruff==0.14.5
   say "ruff and mypy"
   (cd python && "$venv/bin/ruff" format --check -q . && "$venv/bin/ruff" check -q . && PYTHONPATH= "$venv/bin/mypy")
   say "binding"
   "$venv/bin/python" -m pytest python/tests/test_store.py python/tests/test_hashing.py python/tests/test_config.py \
-    python/tests/test_ranks.py python/tests/test_streams.py
+    python/tests/test_ranks.py python/tests/test_streams.py python/tests/test_wheel.py
   say "wheel"
   rm -rf "$work/dist"
   UCM_CARGO_PROFILE=dev uv build -q --wheel --out-dir "$work/dist" python
