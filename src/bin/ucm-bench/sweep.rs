@@ -23,7 +23,8 @@ pub fn main(matches: &ArgMatches, context: &Context) -> Result<ExitCode, String>
     })?;
     crate::write(matches, &report::render(&results, context.is_interrupted(), format))?;
     let path = matches.get_one::<String>("report").cloned().unwrap_or_default();
-    let page = draw(&results, path.ends_with(".svg"))?;
+    let svg = draw(&results)?;
+    let page = if path.ends_with(".svg") { svg } else { page(&svg, &results, context) };
     std::fs::write(&path, page).map_err(|error| format!("{path}: {error}"))?;
     if format == Format::Normal {
         println!("report: {path}");
@@ -66,7 +67,8 @@ fn points(matches: &ArgMatches, base: &Job) -> Result<Vec<Job>, String> {
 /// Reads one figure of a group.
 type Figure = fn(&Group) -> Option<f64>;
 
-fn draw(results: &[GroupResult], svg_only: bool) -> Result<String, String> {
+/// The drawings, as SVG.
+fn draw(results: &[GroupResult]) -> Result<String, String> {
     const FIGURES: [(&str, &str, Figure); 3] = [
         ("Throughput", "GB/s", |group| Some(group.jobs[0].gb_per_second)),
         ("Latency, 99 %", "ms", |group| {
@@ -105,15 +107,11 @@ fn draw(results: &[GroupResult], svg_only: bool) -> Result<String, String> {
             });
         }
     }
-    let svg = plot::draw(&charts, 3)?;
-    if svg_only {
-        return Ok(svg);
-    }
-    Ok(page(&svg, results))
+    plot::draw(&charts, 3)
 }
 
-fn page(svg: &str, results: &[GroupResult]) -> String {
-    let table = report::render(results, false, Format::Normal);
+fn page(svg: &str, results: &[GroupResult], context: &Context) -> String {
+    let table = report::render(results, context.is_interrupted(), Format::Normal);
     let escaped = table.replace('&', "&amp;").replace('<', "&lt;");
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>ucm-bench sweep</title>\n\
