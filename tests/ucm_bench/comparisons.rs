@@ -14,6 +14,20 @@ pub fn has_fio() -> bool {
     found
 }
 
+/// Whether fio is there and may use io_uring, which containers often forbid; says so where not.
+pub fn has_fio_with_ring(bench: &Bench) -> bool {
+    let file = format!("--filename={}", bench.file("probe").display());
+    let flags = ["--name=probe", "--ioengine=io_uring", "--rw=write", "--size=4k", &file];
+    let works = has_fio()
+        && std::process::Command::new("fio").args(flags).output().unwrap().status.success();
+    // Where fio made none there is none.
+    let _ = std::fs::remove_file(bench.file("probe"));
+    if !works {
+        println!("skipped: fio with io_uring does not work here");
+    }
+    works
+}
+
 /// The comparison with the driver's copies, on the fake driver: small, and with what is given besides.
 pub fn against_copies(bench: &Bench, more: &[&str]) -> std::process::Command {
     let small = ["--slice-sizes=16k", "--bs=64k", "--iodepth=8", "--batch=4", "--size=1m"];

@@ -1,6 +1,6 @@
 //! Ctrl-C in the middle: what ended before is reported, and nothing is left behind.
 
-use crate::comparisons::{against_copies, has_fio};
+use crate::comparisons::{against_copies, has_fio, has_fio_with_ring};
 use crate::rig::{Bench, SMALL};
 
 /// Goal: a run that would go on prints what it has, says that it was cut short, and removes its files.
@@ -53,7 +53,8 @@ fn ctrl_c_keeps_the_rounds_against_fio() {
     let bench = Bench::new();
     let directory = format!("--directory={}", bench.path().display());
     let arguments = ["compare", "fio", &directory, "--bs=64k", "--size=2m", "--rounds=100000"];
-    let settings = ["--segment-size-mb=8", "--sides=load", "--output-format=json"];
+    let settings =
+        ["--segment-size-mb=8", "--sides=load", "--io-engine=psync", "--output-format=json"];
     let mut running = bench.start(&[&arguments[..], &settings].concat());
     running.until("load: round 2 of");
     let answer = running.interrupt();
@@ -68,10 +69,10 @@ fn ctrl_c_keeps_the_rounds_against_fio() {
 /// Goal: loads beside saves report the rounds that ended, too.
 #[test]
 fn ctrl_c_keeps_the_rounds_beside() {
-    if !has_fio() {
+    let bench = Bench::new();
+    if !has_fio_with_ring(&bench) {
         return;
     }
-    let bench = Bench::new();
     let directory = format!("--directory={}", bench.path().display());
     let arguments = ["compare", "beside", &directory, "--bs=64k", "--size=2m", "--rounds=100000"];
     let settings = ["--segment-size-mb=8", "--runtime=30ms", "--output-format=json"];
