@@ -1,6 +1,6 @@
 /* A fake libascendcl.so: the functions that UCM calls, with the signatures of the public CANN
  * documentation, over the machine of machine.c. -DUCM_STUB_OLD is an early CANN 8: no host functions, no
- * pinned registration, no batched copy. */
+ * pinned registration, no batched copy, no attributes of pointers. */
 #include "machine.h"
 
 #include <pthread.h>
@@ -270,17 +270,6 @@ API aclrtFree(void *base) {
     return OK;
 }
 
-API aclrtPointerGetAttributes(const void *address, aclrtPtrAttributes *attributes) {
-    ENTER_CONTEXT("aclrtPointerGetAttributes");
-    memset(attributes, 0, sizeof *attributes);
-    switch (stub_find(address, NULL, NULL)) {
-    case STUB_DEVICE: attributes->location.type = 1; break;
-    case STUB_NONE: attributes->location.type = 2; break;
-    default: attributes->location.type = 0; break;
-    }
-    return OK;
-}
-
 /* One side is the device's, the other page-locked: nothing else may be copied asynchronously on CANN 8. */
 static void check_ends(const char *call, const void *to, const void *from, int kind) {
     if (kind != 1 && kind != 2) {
@@ -337,6 +326,18 @@ API aclrtMemcpy2dAsync(void *to, size_t to_pitch, const void *from, size_t from_
 }
 
 #ifndef UCM_STUB_OLD
+/* Memory that a test calls foreign is managed. */
+API aclrtPointerGetAttributes(const void *address, aclrtPtrAttributes *attributes) {
+    ENTER_CONTEXT("aclrtPointerGetAttributes");
+    memset(attributes, 0, sizeof *attributes);
+    switch (stub_find(address, NULL, NULL)) {
+    case STUB_DEVICE: attributes->location.type = stub_is_foreign(address) ? 3 : 1; break;
+    case STUB_NONE: attributes->location.type = 2; break;
+    default: attributes->location.type = 0; break;
+    }
+    return OK;
+}
+
 API aclrtLaunchHostFunc(aclrtStream stream, void (*function)(void *), void *data) {
     ENTER_CONTEXT("aclrtLaunchHostFunc");
     stub_host_function(stream_of("aclrtLaunchHostFunc", stream), function, data);

@@ -119,7 +119,7 @@ STUB_EXPORT void ucm_stub_poke(void *device, const void *from, size_t bytes);
 /* The model's own memory, streams and events, as its framework would make them. */
 STUB_EXPORT void *ucm_stub_device_alloc(size_t bytes);
 STUB_EXPORT void ucm_stub_device_free(void *base);
-/* Says that this memory is another device's: kernels of ours fault on it. */
+/* Says that this memory is another device's: kernels of ours fault on it. On Ascend: that it is managed. */
 STUB_EXPORT void ucm_stub_foreign(void *base);
 STUB_EXPORT void *ucm_stub_stream_new(void);
 STUB_EXPORT void ucm_stub_stream_destroy(void *stream);

@@ -266,7 +266,7 @@ impl Fake {
         call!(self, b"ucm_stub_reset_device", fn(),);
     }
 
-    /// Says that this memory is another device's (CUDA only).
+    /// Says that this memory is another device's (CUDA), or managed (Ascend).
     pub fn foreign(&self, memory: &Memory<'_>) {
         call!(self, b"ucm_stub_foreign", fn(*mut c_void), memory.base.cast());
     }

@@ -27,8 +27,13 @@ pub(super) const CAPTURE_MODE_RELAXED: c_int = 2;
 pub(super) const CAPTURE_STATUS_NONE: c_int = 0;
 pub(super) const MEMCPY_HOST_TO_DEVICE: c_int = 1;
 pub(super) const MEMCPY_DEVICE_TO_HOST: c_int = 2;
+/// Of `aclrtMemLocationType`: host memory that AscendCL knows.
 pub(super) const LOCATION_HOST: c_int = 0;
 pub(super) const LOCATION_DEVICE: c_int = 1;
+/// Memory that AscendCL does not know: what `malloc` gave.
+pub(super) const LOCATION_UNREGISTERED: c_int = 2;
+/// Host memory of one NUMA node.
+pub(super) const LOCATION_HOST_NUMA: c_int = 4;
 /// `ACL_MEM_MALLOC_HUGE_FIRST`.
 pub(super) const MALLOC_HUGE_FIRST: c_int = 0;
 /// `ACL_HOST_REG_PINNED`: the pages are locked, so that asynchronous copies may use them.

@@ -1,5 +1,5 @@
 //! Enqueueing pieces on an Ascend stream: plain, two-dimensional, batched, and through a pinned buffer
-//! where staging is not pinned.
+//! where staging is not pinned. Copies of host memory are the CPU's.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::Ordering;
@@ -325,6 +325,29 @@ impl Ascend {
                     let staging = stretch.staging as *mut u8;
                     std::ptr::copy_nonoverlapping(place(*at), staging, stretch.bytes);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies between staging and host memory, which AscendCL does not do asynchronously. Blocks until what the
+    /// stream was told to wait for has happened.
+    ///
+    /// # Safety
+    /// As `Driver::copy`; the pieces lie in host memory.
+    pub(super) unsafe fn copy_by_cpu(
+        &self,
+        stream: Stream,
+        direction: Direction,
+        pieces: Vec<&Piece>,
+    ) -> Result<(), Fault> {
+        self.synchronize(stream)?;
+        for stretch in pieces.into_iter().flat_map(|piece| stretches(std::slice::from_ref(piece))) {
+            let (from, to, _) = ends(direction, stretch);
+            // SAFETY: both are host memory of so many bytes, by the caller's word, and lie apart: staging is the
+            // arena's.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), stretch.bytes);
             }
         }
         Ok(())

@@ -121,6 +121,10 @@ impl Ascend {
                 functions.aclrtMemcpyBatchAsync.is_some(),
                 "aclrtMemcpyBatchAsync, so small slices cost one call each",
             ),
+            (
+                functions.aclrtPointerGetAttributes.is_some(),
+                "aclrtPointerGetAttributes, so all addresses are taken for the device's: give none of host memory",
+            ),
         ] {
             if !there {
                 let version = self.api.version_text();
@@ -140,13 +144,53 @@ impl Ascend {
         Ok(())
     }
 
-    fn reach_of(&self, address: usize) -> Reach {
-        let Some(get) = self.api.functions.aclrtPointerGetAttributes else { return Reach::Device };
+    /// Where the memory at an address lies. Where the runtime cannot tell, it is taken for the device's: the
+    /// runtime's copy of it then says what is wrong, whereas the CPU would fault.
+    fn reach_of(&self, address: usize) -> Result<Reach> {
+        let Some(get) = self.api.functions.aclrtPointerGetAttributes else {
+            return Ok(Reach::Device);
+        };
         let mut attributes = PointerAttributes::default();
         // SAFETY: any address may be asked for; the place is valid.
         let status = unsafe { get(address as *const c_void, &mut attributes) };
-        let is_device = attributes.location.kind == api::LOCATION_DEVICE;
-        if status == api::SUCCESS && !is_device { Reach::Host } else { Reach::Device }
+        match attributes.location.kind {
+            _ if status != api::SUCCESS => Ok(Reach::Device),
+            api::LOCATION_DEVICE => Ok(Reach::Device),
+            api::LOCATION_HOST | api::LOCATION_UNREGISTERED | api::LOCATION_HOST_NUMA => {
+                Ok(Reach::Host)
+            }
+            other => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "address {address:#x} is memory of type {other} of aclrtMemLocationType, which is neither the \
+                     device's nor the host's; give addresses of aclrtMalloc or of host memory"
+                ),
+            )),
+        }
+    }
+
+    /// Enqueues copies of device memory.
+    ///
+    /// # Safety
+    /// As `Driver::copy`.
+    unsafe fn copy_device(
+        &self,
+        stream: Stream,
+        lane: &mut Lane,
+        direction: Direction,
+        pieces: &[Piece],
+        staging: Registration,
+    ) -> std::result::Result<(), Fault> {
+        if staging == Registration::Pageable {
+            // SAFETY: passed on from the caller.
+            return unsafe { self.copy_through(stream, lane, direction, pieces) };
+        }
+        let bytes: u64 = pieces.iter().map(Piece::bytes).sum();
+        let strided = pieces.iter().any(|piece| !piece.is_contiguous());
+        let mean = bytes / (pieces.len() as u64).max(1);
+        let strategy = self.choices.pick(direction, mean, strided);
+        // SAFETY: passed on from the caller.
+        unsafe { self.copy_with(strategy, stream, lane, direction, pieces) }
     }
 }
 
@@ -325,20 +369,14 @@ impl Driver for Ascend {
     }
 
     fn check(&self, _lane: &Lane, pieces: &[Piece]) -> Result<Reach> {
+        let mut reach = Reach::Device;
         for piece in pieces {
             piece.memory_end()?;
-            if self.reach_of(piece.memory) == Reach::Host {
-                return Err(Error::new(
-                    ErrorKind::InvalidArgument,
-                    format!(
-                        "address {:#x} is host memory, which AscendCL cannot copy to host memory; open \
-                         the store with device: host",
-                        piece.memory
-                    ),
-                ));
+            if self.reach_of(piece.memory)? == Reach::Host {
+                reach = Reach::Host;
             }
         }
-        Ok(Reach::Device)
+        Ok(reach)
     }
 
     unsafe fn copy(
@@ -347,18 +385,23 @@ impl Driver for Ascend {
         lane: &mut Lane,
         direction: Direction,
         pieces: &[Piece],
-        _reach: Reach,
+        reach: Reach,
         staging: Registration,
     ) -> std::result::Result<(), Fault> {
-        if staging == Registration::Pageable {
+        if reach == Reach::Device {
             // SAFETY: passed on from the caller.
-            return unsafe { self.copy_through(stream, lane, direction, pieces) };
+            return unsafe { self.copy_device(stream, lane, direction, pieces, staging) };
         }
-        let bytes: u64 = pieces.iter().map(Piece::bytes).sum();
-        let strided = pieces.iter().any(|piece| !piece.is_contiguous());
-        let mean = bytes / (pieces.len() as u64).max(1);
-        let strategy = self.choices.pick(direction, mean, strided);
-        // SAFETY: passed on from the caller.
-        unsafe { self.copy_with(strategy, stream, lane, direction, pieces) }
+        // One address of host memory is enough for a job to come this way: the others may be the device's.
+        let is_host = |piece: &&Piece| matches!(self.reach_of(piece.memory), Ok(Reach::Host));
+        let (host, device): (Vec<_>, Vec<_>) = pieces.iter().partition(is_host);
+        let device: Vec<Piece> = device.into_iter().copied().collect();
+        // SAFETY: passed on from the caller; the runtime says that the CPU reaches the memory of `host`.
+        unsafe {
+            if !device.is_empty() {
+                self.copy_device(stream, lane, direction, &device, staging)?;
+            }
+            self.copy_by_cpu(stream, direction, host)
+        }
     }
 }
