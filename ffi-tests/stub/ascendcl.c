@@ -270,6 +270,24 @@ API aclrtFree(void *base) {
     return OK;
 }
 
+/* Copies when it is called, whatever streams are doing: what is copied must not be theirs. */
+API aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) {
+    ENTER_CONTEXT("aclrtMemcpy");
+    if (room < bytes) {
+        stub_misuse("aclrtMemcpy", "%zu bytes into %zu", bytes, room);
+    }
+    if (kind != 1 && kind != 2) {
+        stub_misuse("aclrtMemcpy", "kind %d", kind);
+    }
+    const void *device = kind == 1 ? to : from, *host = kind == 1 ? from : to;
+    if (stub_find(device, NULL, NULL) != STUB_DEVICE || stub_find(host, NULL, NULL) == STUB_DEVICE) {
+        stub_misuse("aclrtMemcpy", "kind %d from %p to %p, which is another direction", kind, from, to);
+    }
+    struct stub_copy copy = {to, from, bytes, 1, bytes, bytes};
+    stub_copy_now("aclrtMemcpy", &copy);
+    return OK;
+}
+
 /* One side is the device's, the other page-locked: nothing else may be copied asynchronously on CANN 8. */
 static void check_ends(const char *call, const void *to, const void *from, int kind) {
     if (kind != 1 && kind != 2) {

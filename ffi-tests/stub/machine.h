@@ -75,6 +75,8 @@ struct stub_copy {
     size_t width, rows, to_pitch, from_pitch;
 };
 void stub_copy(const char *call, struct stub_stream *stream, const struct stub_copy *copy);
+/* The same at once, on the caller's thread. */
+void stub_copy_now(const char *call, const struct stub_copy *copy);
 /* A kernel: `run(args)` in stream order; `args` is copied. It checks memory with stub_kernel_move. */
 void stub_kernel(const char *call, struct stub_stream *stream, void (*run)(const void *args), const void *args,
                  size_t bytes);

@@ -400,6 +400,25 @@ void stub_copy(const char *call, struct stub_stream *stream, const struct stub_c
     pthread_mutex_unlock(&stub_lock);
 }
 
+void stub_copy_now(const char *call, const struct stub_copy *copy) {
+    pthread_mutex_lock(&stub_lock);
+    struct range *from = stub_hold_range(call, copy->from, span(copy, copy->from_pitch));
+    struct range *to = stub_hold_range(call, copy->to, span(copy, copy->to_pitch));
+    stub_order = ++enqueued;
+    stub_check_fills(call, copy->from, span(copy, copy->from_pitch));
+    stub_check_fills(call, copy->to, span(copy, copy->to_pitch));
+    pthread_mutex_unlock(&stub_lock);
+    copy_rows(copy);
+    pthread_mutex_lock(&stub_lock);
+    for (int side = 0; side < 2; side++) {
+        struct range *range = side ? to : from;
+        if (range) {
+            range->pending--;
+        }
+    }
+    pthread_mutex_unlock(&stub_lock);
+}
+
 void stub_kernel(const char *call, struct stub_stream *stream, void (*run)(const void *), const void *args,
                  size_t bytes) {
     struct operation *operation = operation_new(call, KERNEL);
