@@ -4,7 +4,7 @@ use ucm::config::DeviceKind;
 use ucm::device::open;
 use ucm::error::ErrorKind;
 
-use crate::fakes::{ALL, EACH_DRIVER, Fake};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Steering};
 use crate::rig::device_kind;
 
 /// Goal: `auto` takes the driver that is there, and host memory where there is none; an ordinal that is

@@ -4,7 +4,7 @@ use ucm::block::SliceShape;
 use ucm::device::{Direction, Staging, open};
 use ucm::error::ErrorKind;
 
-use crate::fakes::{ALL, EACH_DRIVER, Fake};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Steering};
 use crate::rig::{Rig, device_kind};
 use crate::shards::{Pages, Slices, Worker, behind, pattern};
 

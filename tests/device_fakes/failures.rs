@@ -3,7 +3,7 @@
 use ucm::device::Staging;
 use ucm::error::ErrorKind;
 
-use crate::fakes::{ALL, EACH_DRIVER, Fake};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Steering};
 use crate::rig::Rig;
 use crate::shards::Slices;
 use crate::{child, child_kind};

@@ -7,7 +7,7 @@ use ucm::block::SliceShape;
 use ucm::device::open;
 use ucm::error::ErrorKind;
 
-use crate::fakes::{ALL, EACH_DRIVER, Fake};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Steering};
 use crate::rig::{Rig, device_kind};
 use crate::shards::{Slices, behind, pattern};
 use crate::{child, child_kind};

@@ -6,7 +6,7 @@ use ucm::config::DeviceKind;
 use ucm::device::{CapturedEvent, Device, open};
 use ucm::error::Result;
 
-use crate::fakes::{Fake, Kind, ModelEvent};
+use crate::fakes::{Fake, Kind, ModelEvent, Steering};
 use crate::shards::{Pages, Worker};
 
 pub fn device_kind(kind: Kind) -> DeviceKind {

@@ -4,7 +4,7 @@ use ucm::block::SliceShape;
 use ucm::device::Staging;
 use ucm::error::{ErrorKind, Result};
 
-use crate::fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory, Steering};
 use crate::rig::Rig;
 use crate::shards::{
     Slices, behind, few_shapes, gathered, layout, pattern, scattered, shapes, shard_bytes,

@@ -13,7 +13,7 @@ use ucm::store::{Batch, Store};
 use ucm::task::{Progress, Stage, Task};
 
 use crate::common::{batch, done, expected, failure, id, options, pairs_in};
-use crate::fakes::{ALL, Fake, Kind, Memory};
+use crate::fakes::{ALL, Fake, Kind, Memory, Steering};
 
 const BLOCKS: usize = 3;
 const SLICE: usize = 16 << 10;

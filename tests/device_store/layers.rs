@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::{batch, done, expected, id, options, save};
-use crate::fakes::{EACH_DRIVER, Fake};
+use crate::fakes::{EACH_DRIVER, Fake, Steering};
 use ucm::io::backend::BackendConfig;
 use ucm::io::sim::{Call, Effect, Fault, Occasion, SimConfig, SimDisk};
 use ucm::store::{Platform, Store};

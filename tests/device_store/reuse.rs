@@ -11,7 +11,7 @@ use ucm::store::{Batch, Store};
 use ucm::task::{Progress, Stage, Task};
 
 use crate::common::{batch, done, expected, failure, id, is_present, load, options, pairs_in};
-use crate::fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory, ModelStream};
+use crate::fakes::{ALL, EACH_DRIVER, Fake, Kind, Memory, ModelStream, Steering};
 
 /// With its trailer page a quarter of the least arena, of 2 MiB: a store has four slots.
 const BLOCK: usize = (512 << 10) - 4096;

@@ -4,8 +4,6 @@
 //! variable, so tests that use fakes hold the [`Fake`] they got: one at a time.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-pub mod cufile;
-
 use std::ffi::{CString, c_char, c_int, c_long, c_uint, c_void};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -14,6 +12,24 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use libloading::Library;
+
+pub use steering::Steering;
+
+macro_rules! call {
+    ($self:ident, $name:literal, fn($($type:ty),*) $(-> $result:ty)?, $($argument:expr),*) => {{
+        // SAFETY: the fake exports the symbol with this signature (machine.h, cufile.c).
+        unsafe {
+            let function = $self
+                .library
+                .get::<unsafe extern "C" fn($($type),*) $(-> $result)?>($name)
+                .unwrap();
+            function($($argument),*)
+        }
+    }};
+}
+
+pub mod cufile;
+mod steering;
 
 /// A driver library, new or old, and a way of copying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,17 +137,12 @@ pub struct Fake {
 
 const KINDS_OF_OBJECTS: [&str; 5] = ["streams", "events", "device", "pinned", "registered"];
 
-macro_rules! call {
-    ($self:ident, $name:literal, fn($($type:ty),*) $(-> $result:ty)?, $($argument:expr),*) => {{
-        // SAFETY: the fake exports the symbol with this signature (machine.h).
-        unsafe {
-            let function = $self
-                .library
-                .get::<unsafe extern "C" fn($($type),*) $(-> $result)?>($name)
-                .unwrap();
-            function($($argument),*)
-        }
-    }};
+impl Steering for Fake {
+    const PREFIX: &'static str = "ucm_stub";
+
+    fn library(&self) -> &Library {
+        &self.library
+    }
 }
 
 impl Fake {
@@ -197,49 +208,13 @@ impl Fake {
         assert_eq!(self.live(), self.before, "{what}");
     }
 
-    pub fn reset(&self) {
-        call!(self, b"ucm_stub_reset", fn(),);
-    }
-
     pub fn fail(&self, nth: i64, status: i32, sticky: bool) {
         call!(self, b"ucm_stub_fail", fn(c_long, c_int, c_int), nth, status, i32::from(sticky));
-    }
-
-    pub fn fail_call(&self, name: &str, nth: i64, status: i32) {
-        let name = CString::new(name).unwrap();
-        call!(
-            self,
-            b"ucm_stub_fail_call",
-            fn(*const c_char, c_long, c_int),
-            name.as_ptr(),
-            nth,
-            status
-        );
-    }
-
-    /// The call that failed on request.
-    pub fn failed(&self) -> Option<String> {
-        let name = call!(self, b"ucm_stub_failed", fn() -> *const c_char,);
-        // SAFETY: a NUL-terminated string that lives as long as the library.
-        (!name.is_null())
-            .then(|| unsafe { std::ffi::CStr::from_ptr(name) }.to_string_lossy().into_owned())
-    }
-
-    pub fn calls(&self) -> i64 {
-        call!(self, b"ucm_stub_calls", fn() -> c_long,)
     }
 
     pub fn calls_of(&self, name: &str) -> i64 {
         let name = CString::new(name).unwrap();
         call!(self, b"ucm_stub_calls_of", fn(*const c_char) -> c_long, name.as_ptr())
-    }
-
-    pub fn delay(&self, micros: u32) {
-        call!(self, b"ucm_stub_delay", fn(c_uint), micros);
-    }
-
-    pub fn hold(&self, hold: bool) {
-        call!(self, b"ucm_stub_hold", fn(c_int), i32::from(hold));
     }
 
     /// The device computes wrong hashes of so many bytes and more; 0: none (CUDA only).
