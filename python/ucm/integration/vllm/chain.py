@@ -5,7 +5,8 @@ Owns the ids; knows which tokens they cover; looks nothing up.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from array import array
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from ucm.integration.vllm.hashing import RequestExtras
 from ucm.store import BlockIds
 
 ID_BYTES = 16
+
+TOKEN: Final = "I"
+"""The array module's name of what numpy calls uintc: 32 bits wherever vLLM runs. It makes an array of a list
+in an eighth of the time that numpy takes."""
 
 
 class Hasher(Protocol):
@@ -44,12 +49,13 @@ class BlockChain:
         have = len(self._ids)
         if blocks > have:
             size = self._block_tokens
-            tokens = np.array(request.all_token_ids[have * size : blocks * size], dtype=np.uint32)
-            if len(tokens) < (blocks - have) * size:
+            confirmed = array(TOKEN, request.all_token_ids[have * size : blocks * size])
+            if len(confirmed) < (blocks - have) * size:
                 raise ValueError(
                     f"request {request.request_id}: {blocks} blocks of {size} tokens asked, "
                     f"{request.num_tokens} tokens confirmed"
                 )
+            tokens = np.frombuffer(confirmed, dtype=np.uintc)
             parent = self._ids[-1].tobytes() if have else None
             if self._extras.plain:
                 new = self._hasher.hash_tokens(tokens, size, parent)

@@ -6,6 +6,7 @@ store; ``platform.py`` finds out what runs here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -57,7 +58,7 @@ class Namespace:
         """The fields in canonical form."""
         return canonical_json(dict(self.fields)).decode()
 
-    @property
+    @functools.cached_property
     def logical(self) -> str:
         """The fingerprint of the fields, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]

@@ -246,20 +246,28 @@ class SchedulerSide:
         request, size = state.request, self._block_tokens
         self.stats.add("queried_tokens", request.num_tokens)
         self.stats.add("hbm_hit_tokens", computed_tokens)
+        # One line for both: written and flushed, a line costs more than the lookup.
+        reason = "" if state.explained else self._why_nothing(state, computed_tokens)
+        state.explained = state.explained or bool(reason)
         logger.info(
-            "request_id: %s, total_blocks_num: %d, hit hbm: %d, hit external: %d",
+            "request_id: %s, total_blocks_num: %d, hit hbm: %d, hit external: %d%s",
             request.request_id, request.num_tokens // size, computed_tokens // size, state.hits,
+            f"; loads nothing external: {reason}" if reason else "",
         )  # fmt: skip
-        least = self._config.load_tokens_threshold
+
+    def _why_nothing(self, state: RequestState, computed_tokens: int) -> str:
+        """Why nothing of what was looked up is loaded; empty: something is."""
+        size, least = self._block_tokens, self._config.load_tokens_threshold
         if state.failure:
-            self._explain(state, f"the lookup failed, {state.failure}")
-        elif state.hits == 0:
+            return f"the lookup failed, {state.failure}"
+        if state.hits == 0:
             block = computed_tokens // size
-            name = state.chain.upto(request, block + 1)[-1].tobytes().hex()
+            name = state.chain.upto(state.request, block + 1)[-1].tobytes().hex()
             where = f"namespace {self._namespace.logical}, order {self._namespace.order}"
-            self._explain(state, f"block {block} (id {name}) is not in {where}")
-        elif state.hits * size < least:
-            self._explain(state, f"{state.hits * size} tokens are below load_tokens_threshold, {least}")
+            return f"block {block} (id {name}) is not in {where}"
+        if state.hits * size < least:
+            return f"{state.hits * size} tokens are below load_tokens_threshold, {least}"
+        return ""
 
     @staticmethod
     def _explain(state: RequestState, reason: str) -> None:
