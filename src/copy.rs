@@ -34,6 +34,9 @@ const BATCH_HOST: usize = 1;
 /// follow from the work begin, and ended ones are told of, within a fraction of a millisecond.
 const CPU_BYTES_AT_ONCE: u64 = 4 << 20;
 
+/// CPU work that whoever submits a batch does itself: some ten microseconds, about what waking a worker costs it.
+const CALLER_BYTES: u64 = 128 << 10;
+
 /// Jobs that a woken worker is expected to do before another one is woken: two copies of a MiB take less
 /// than waking a thread and putting it to sleep again.
 const JOBS_A_WAKE: usize = 2;
@@ -124,6 +127,14 @@ impl Job {
             Job::Copy(Copy { direction: Direction::Scatter, .. }) => Urgency::Load,
             Job::Copy(Copy { direction: Direction::Gather, .. }) => Urgency::Save,
             Job::Compute(urgency, ..) => *urgency,
+        }
+    }
+
+    /// Does what the CPU is to do; returns what is left.
+    fn compute(self) -> Vec<Job> {
+        match self {
+            Job::Copy(_) => vec![self],
+            Job::Compute(_, _, work) => work(),
         }
     }
 
@@ -230,6 +241,17 @@ impl CopyPool {
             free: Vec::new(),
             finished: Vec::new(),
         })
+    }
+
+    /// The jobs of a batch, from the thread that submits it: done by itself where all of it is less than handing it
+    /// over, with neighbours in order, so that they are written together; queued otherwise.
+    pub(crate) fn submit(&self, mut jobs: Vec<Job>) {
+        let computes = |job: &Job| matches!(job, Job::Compute(..));
+        let bytes: u64 = jobs.iter().map(Job::cpu_bytes).sum();
+        if bytes <= CALLER_BYTES && jobs.iter().all(computes) {
+            jobs = jobs.into_iter().flat_map(Job::compute).collect();
+        }
+        self.push(jobs);
     }
 
     /// The job that follows a read, from the reactor that read: done by itself, with what follows, if it is small
@@ -609,6 +631,28 @@ mod tests {
             Vec::new()
         }
         fn poisoned(&self, _error: Error) {}
+    }
+
+    /// Goal: a caller's batch that is small as a whole is done on its thread, in order; a larger one, each job of
+    /// which is small, keeps nobody who submits.
+    #[test]
+    fn small_batches_are_done_by_their_caller() {
+        let pool = CopyPool::new();
+        let (done, log) = mpsc::channel();
+        let job = |number: u64, bytes| {
+            let done = done.clone();
+            let work = move || {
+                done.send((number, std::thread::current().id())).unwrap();
+                Vec::new()
+            };
+            Job::Compute(Urgency::Save, bytes, Box::new(work))
+        };
+        pool.submit((0..4).map(|number| job(number, CALLER_BYTES / 4)).collect());
+        let this = std::thread::current().id();
+        assert_eq!(log.try_iter().collect::<Vec<_>>(), [0, 1, 2, 3].map(|number| (number, this)));
+        pool.submit((0..5).map(|number| job(number, CALLER_BYTES / 4)).collect());
+        assert!(log.try_recv().is_err());
+        assert_eq!(pool.shared.queues.lock().saves.len(), 5);
     }
 
     /// Goal: a pool that is stopped while a reactor works for it lets go of its owner, and with it of rings and

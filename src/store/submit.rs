@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use super::engine::{Engine, Live};
 use crate::block::{BlockId, PartKey};
 use crate::error::{Error, ErrorKind, Result};
-use crate::parts::{Accepted, Action, Unit};
+use crate::io::thread;
+use crate::parts::{Accepted, Action, Parts, Unit};
 use crate::posix::Tier;
 use crate::task::{Kind, Notify, Plan, Task, TaskOwner, UnitSpec};
 
@@ -205,7 +206,7 @@ impl Engine {
 
     fn save_found(&self, task: &Arc<Task>, found: Vec<Option<crate::posix::Found>>) {
         let direct = self.goes_direct(task);
-        self.event(|parts, actions| {
+        let save = |parts: &mut Parts, actions: &mut Vec<Action>| {
             actions.reserve(found.len());
             for (index, found) in found.into_iter().enumerate() {
                 let unit = Unit { task: Arc::clone(task), index: index as u32 };
@@ -218,6 +219,10 @@ impl Engine {
                     None => parts.save(unit, key, found, actions),
                 }
             }
+        };
+        thread::batch(|| {
+            let ((), jobs) = self.event_jobs(save);
+            self.pool.submit(jobs);
         });
     }
 
