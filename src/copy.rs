@@ -41,8 +41,8 @@ const CALLER_BYTES: u64 = 128 << 10;
 /// than waking a thread and putting it to sleep again.
 const JOBS_A_WAKE: usize = 2;
 
-/// Parts that have ended together and that a reactor still verifies and copies by itself. Where the drive is faster
-/// than the reactor copies, more have ended each time it looks, and the workers get them.
+/// Of the parts that have ended together a reactor verifies and copies so many by itself. Where the drive is faster
+/// than the reactor copies, more have ended each time it looks, and the workers get the others.
 const READS_HERE: usize = 2;
 
 /// A copy between a unit's memory and the slot of its part.
@@ -268,12 +268,9 @@ impl CopyPool {
                 None => {
                     read.push((self.clone(), vec![job]));
                     thread::after_batch(|| {
-                        for (pool, jobs) in READ.with_borrow_mut(std::mem::take) {
-                            if jobs.len() <= READS_HERE {
-                                thread::batch(|| pool.run_here(jobs));
-                            } else {
-                                pool.push(jobs);
-                            }
+                        for (pool, mut jobs) in READ.with_borrow_mut(std::mem::take) {
+                            pool.push(jobs.split_off(READS_HERE.min(jobs.len())));
+                            thread::batch(|| pool.run_here(jobs));
                         }
                     });
                 }
