@@ -180,6 +180,11 @@ impl Schedule {
         self.flights.count()
     }
 
+    /// Requests that have not ended.
+    pub(super) fn transfers(&self) -> usize {
+        self.transfers.len()
+    }
+
     /// Nothing more can begin.
     pub(super) fn is_full(&self) -> bool {
         self.flights.is_full()
