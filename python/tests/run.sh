@@ -54,7 +54,7 @@ unit() {
   (cd python && "$venv/bin/ruff" format --check -q . && "$venv/bin/ruff" check -q . && PYTHONPATH= "$venv/bin/mypy")
   say "binding"
   "$venv/bin/python" -m pytest python/tests/test_store.py python/tests/test_hashing.py python/tests/test_config.py \
-    python/tests/test_ranks.py python/tests/test_streams.py python/tests/test_wheel.py
+    python/tests/test_ranks.py python/tests/test_streams.py python/tests/test_siblings.py python/tests/test_wheel.py
   say "wheel"
   rm -rf "$work/dist"
   UCM_CARGO_PROFILE=dev uv build -q --wheel --out-dir "$work/dist" python

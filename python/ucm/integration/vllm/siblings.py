@@ -7,6 +7,7 @@ order, ``i`` the ``i``-th that it can convert. Converts and loads nothing.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,11 @@ logger = logging.getLogger("vllm.ucm.siblings")
 
 
 class Siblings:
-    """Lookup stores of the readable orders, opened when their folders appear."""
+    """Lookup stores of the readable orders, opened when their folders appear.
+
+    The first search is over before anything is looked up. Later ones have a thread of their own: a directory
+    that does not answer, or a store that takes long to open, must not keep whoever looks up.
+    """
 
     def __init__(
         self, orders: Sequence[str], directories: Sequence[str], open_store: Callable[[str], Any]
@@ -36,22 +41,43 @@ class Siblings:
         self._orders = orders
         self._directories = [Path(directory) for directory in directories]
         self._open = open_store
+        self._lock = threading.Lock()
+        """Of what both threads change."""
         self._stores: dict[int, Any] = {}
-        self._searched = -RESCAN_S
+        self._closed = False
+        self._searching = False
+        self._search()
 
     def _search(self) -> None:
-        now = time.monotonic()
-        if now - self._searched < RESCAN_S:
+        try:
+            for source, order in enumerate(self._orders, 1):
+                if source not in self._stores and not self._closed and self._exists(order):
+                    self._add(source, order)
+        finally:
+            self._searched = time.monotonic()
+            self._searching = False
+
+    def _add(self, source: int, order: str) -> None:
+        try:
+            store = self._open(order)
+        except UcmError as error:
+            logger.warning("blocks saved in byte order %s cannot be looked up: %s", order, error)
             return
-        self._searched = now
-        for source, order in enumerate(self._orders, 1):
-            if source in self._stores or not self._exists(order):
-                continue
-            try:
-                self._stores[source] = self._open(order)
-                logger.info("blocks saved in byte order %s are read too", order)
-            except UcmError as error:
-                logger.warning("blocks saved in byte order %s cannot be looked up: %s", order, error)
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._stores[source] = store
+        if closed:
+            store.close()
+        else:
+            logger.info("blocks saved in byte order %s are read too", order)
+
+    def _search_aside(self) -> None:
+        if self._searching or len(self._stores) == len(self._orders):
+            return
+        if time.monotonic() - self._searched >= RESCAN_S:
+            self._searching = True
+            threading.Thread(target=self._search, name="ucm-siblings", daemon=True).start()
 
     def _exists(self, order: str) -> bool:
         try:
@@ -61,12 +87,14 @@ class Siblings:
 
     def prefix(self, own: Any, ids: BlockIds) -> tuple[int, bytes]:
         """How many blocks from the first are in any order, and where each is."""
-        self._search()
+        self._search_aside()
         hits = int(own.lookup_prefix(ids))
-        if not self._stores or hits == len(ids):
+        with self._lock:
+            stores = dict(self._stores)
+        if not stores or hits == len(ids):
             return hits, b""
         sources: npt.NDArray[np.uint8] = np.where(own.lookup(ids), OWN, MISSING).astype(np.uint8)
-        for source, store in self._stores.items():
+        for source, store in stores.items():
             missing = np.flatnonzero(sources == MISSING)
             if len(missing):
                 found = store.lookup(ids[missing])
@@ -78,6 +106,8 @@ class Siblings:
 
     def close(self) -> None:
         """Closes all stores."""
-        for store in self._stores.values():
+        with self._lock:
+            self._closed = True
+            stores, self._stores = list(self._stores.values()), {}
+        for store in stores:
             store.close()
-        self._stores.clear()
