@@ -96,7 +96,7 @@ class Bench:
         self._shared = shared or root
         self.model = str(make(root / "model", FOR_GPU if ON_GPU else SMALL))
         self.text = ""
-        """What the last process printed."""
+        """What the last process printed, and then what its phases counted."""
         self._count = 0
 
     def config(self, name: str, **inner: Any) -> dict[str, Any]:
@@ -140,6 +140,7 @@ class Bench:
         self.text = log.read_text(errors="replace")
         assert done.returncode == 0 and result.exists(), self.text[-6000:]
         out: list[dict[str, Any]] = json.loads(result.read_text())
+        self.text += "".join(f"\n{json.dumps(phase['counters'])}" for phase in out)
         return out
 
     def once(self, name: str, phases: list[dict[str, Any]], *around: Any, **job: Any) -> list[dict[str, Any]]:

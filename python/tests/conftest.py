@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from bench import Bench
+
+
+PRINTED_MAX = 8000
+"""Characters of a vLLM process's output that are worth showing."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, None]:
+    """A test that fails shows what its last vLLM process counted and printed: where a machine is slow it may
+    not fail again."""
+    report = (yield).get_result()
+    used = getattr(item, "funcargs", {}).get("bench")
+    if report.failed and used is not None and used.text:
+        report.sections.append(("the last vLLM process", used.text[-PRINTED_MAX:]))
 
 
 @pytest.fixture(scope="session")
