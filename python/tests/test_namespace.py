@@ -223,6 +223,9 @@ def test_groups_are_taken_or_refused_by_name(able: bool) -> None:
         assert (two.part_bytes, two.count, two.windowed) == (2 * page, 2, True)
         assert two.groups == {"layers.0": 0, "layers.1": 1}
         assert shape(window()).windowed
+        assert not two.zeroed
+        mixed = dataclasses.replace(full(), dtype=torch.float32)
+        assert shape(full(), mixed).zeroed == hasattr(kv.KVCacheConfig, "has_mixed_precision_kv_cache")
         with pytest.raises(GeometryError, match=r"layers.1: KV memory of kind MambaSpec"):
             shape(full(), state())
         with pytest.raises(GeometryError, match=r"blocks of \[\d+, \d+\] tokens.*disable-hybrid"):

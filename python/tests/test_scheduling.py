@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 from simulation import BLOCK, Simulation, expected
 from standin import StandinStore, StandinStream, World
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.engine.arg_utils import EngineArgs
 
 from ucm.errors import Status
@@ -148,6 +149,17 @@ def test_preempted_blocks_are_waited_for_on_the_cpu_where_the_stream_cannot(mode
     check_preemptions_on_a_device(model, world)
     assert not world.stream_waits
     assert set(world.waits) >= {Stage.ENQUEUED, Stage.COPIED}
+
+
+def test_preempted_blocks_were_left_to_a_stream_that_another_connector_does_not_follow(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: beside another connector, which may write to freed blocks by way of a network, the CPU waits."""
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object())
+    world = World()
+    check_preemptions_on_a_device(model, world)
+    assert not world.stream_waits
+    assert Stage.COPIED in world.waits
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -353,6 +365,31 @@ def test_an_old_broken_promise_ended_the_wait_for_a_new_one(
     decode.run(depth=depth)
     check(decode, {"d": prompt, "either": prompt})
     assert world.loaded == 8
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), MODES)
+def test_a_longer_promise_that_was_broken_ended_the_wait_for_a_shorter_one(
+    model: str, asynchronous: bool, depth: int
+) -> None:
+    """Of two promises of one prompt the longer is broken: the blocks of the shorter are waited for."""
+    world, prompt = World(), list(range(6 * BLOCK + 3))
+    kept = prefilled(model, world, prompt[: 4 * BLOCK + 3], asynchronous=asynchronous)
+    hidden = dict(world.blocks)
+    world.blocks.clear()
+    world.refuse_saves = True
+    broken = prefilled(model, world, prompt, asynchronous=asynchronous)
+    world.refuse_saves = False
+    config = vllm_config(model, role="kv_consumer", caching=False, handoff_wait_ms=60_000)
+    decode = Simulation(config, world, asynchronous=asynchronous)
+    decode.add("d", prompt, 8, kv_transfer_params={
+        "ucm": {"version": 1, "promises": [broken["ucm"], kept["ucm"]]}
+    })  # fmt: skip
+    waiting(decode, depth)
+    world.blocks.update(hidden)
+    time.sleep(REFRESH_S)
+    decode.run(depth=depth)
+    check(decode, {"d": prompt})
+    assert world.loaded == 4
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -38,6 +38,8 @@ class GroupShape:
     """Groups."""
     windowed: bool
     """Whether block tables have gaps: there are several groups, or blocks leave a window."""
+    zeroed: bool
+    """Whether vLLM sets blocks to zero as it hands them out, which may be before the worker hears of it."""
     block_tokens: int
     part_bytes: int
     block_count: int
@@ -84,6 +86,7 @@ def group_shape(kv_cache_config: Any, *, can_fail_requests: bool) -> GroupShape:
         groups,
         len(listed),
         windows or len(listed) > 1,
+        bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False)),
         tokens.pop(),
         total,
         int(kv_cache_config.num_blocks),

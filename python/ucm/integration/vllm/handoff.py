@@ -99,10 +99,13 @@ class Wait:
         self.started = time.monotonic()
         self.deadline = self.started + wait_ms / 1000
         self.waited = False
-        self.blocks: int | None = None
-        """How many blocks of this prompt were announced; None: not yet compared."""
-        self.numbers: set[int] = set()
-        """Of the promises that announced them: while one of these is not broken, it is waited for."""
+        self.kept: list[Promise] | None = None
+        """Promises of this prompt that are not broken; None: not yet compared."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of this prompt are promised."""
+        return max((promise.blocks for promise in self.kept or ()), default=0)
 
     def compare(self, mine: Namespace, ids: Any) -> list[str]:
         """Finds the promise for these ids; gives in what it differs, if none can be waited for.
@@ -110,16 +113,15 @@ class Wait:
         Neither a promise for another prompt of the same request is a difference, nor a byte order
         that can be converted.
         """
-        self.blocks, found = 0, list[Promise]()
+        self.kept = []
         for promise in self.promises:
             fields = differences(mine.describe(), promise.namespace)
             if promise.namespace.get("order", "") in readable(mine.order):
                 fields = [field for field in fields if field != "order"]
             if fields:
+                self.kept = []
                 return fields
             last = promise.blocks - 1
             if last < len(ids) and ids[last].tobytes().hex() == promise.last_block:
-                found.append(promise)
-        self.blocks = max((promise.blocks for promise in found), default=0)
-        self.numbers = {promise.number for promise in found if promise.blocks == self.blocks}
-        return ["tokens"] if self.blocks == 0 and len(self.promises) == 1 else []
+                self.kept.append(promise)
+        return ["tokens"] if not self.kept and len(self.promises) == 1 else []

@@ -1,7 +1,8 @@
 """Blocks that vLLM may not give to another request, since a save still copies from them.
 
 Owns references on vLLM's blocks. A block that leaves a sliding window is free at once, in the middle of its
-request; a save of it that has not been copied would store what the next owner writes there. Knows no request.
+request, and one that vLLM sets to zero for its next owner is written to before the worker hears of a
+preemption; a save of it that has not been copied would store what is written there. Knows no request.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class SchedulerSide:
         self._siblings = siblings
         self._block_tokens = shape.block_tokens
         self._windowed = shape.windowed
+        self._pinned = shape.windowed or shape.zeroed
         self._pins = Pins()
         self._loads = loads
         self._saves = saves
@@ -205,12 +206,11 @@ class SchedulerSide:
         wait = state.wait
         assert wait is not None
         fields: list[str] = []
-        if wait.blocks is None:
+        if wait.kept is None:
             full = state.request.num_tokens // self._block_tokens
             fields = wait.compare(self._namespace, state.chain.upto(state.request, full))
             for field in fields:
                 self.stats.add(MISMATCH_PREFIX + field)
-        assert wait.blocks is not None
         wanted = min(wait.blocks, limit)
         end = first + state.hits
         reason = ""
@@ -223,7 +223,7 @@ class SchedulerSide:
             if now >= wait.deadline:
                 self.stats.add("handoff_timeouts")
                 reason = f"{wanted - end} of {wanted} blocks were not published in time"
-            elif self._abandoned(state, end, wanted):
+            elif end >= self._promised(state, wait, end, limit):
                 self.stats.add("handoff_abandoned")
                 reason = "their writer gave them up"
             else:
@@ -236,10 +236,14 @@ class SchedulerSide:
         state.wait = None
         return True
 
-    def _abandoned(self, state: RequestState, first: int, end: int) -> bool:
-        assert state.wait is not None
-        ids = state.chain.upto(state.request, end)[first:]
-        return all(self._store.lookup_abandoned(ids, number).any() for number in state.wait.numbers)
+    def _promised(self, state: RequestState, wait: handoff.Wait, first: int, limit: int) -> int:
+        """How many blocks are still promised: without promises of which one from ``first`` on was given up."""
+        assert wait.kept is not None
+        for promise in list(wait.kept):
+            ids = state.chain.upto(state.request, min(promise.blocks, limit))[first:]
+            if self._store.lookup_abandoned(ids, promise.number).any():
+                wait.kept.remove(promise)
+        return min(wait.blocks, limit)
 
     def _tell(self, state: RequestState, computed_tokens: int) -> None:
         state.told = True
@@ -368,7 +372,7 @@ class SchedulerSide:
         transfer = self._transfer(state, full, state.table)
         if transfer is None:
             return
-        if self._windowed:
+        if self._pinned:
             self._pins.pin(step.number, transfer.slots)
         step.saves.append(transfer)
         state.save_step = step.number

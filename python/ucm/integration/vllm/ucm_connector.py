@@ -221,7 +221,13 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         if self._worker is not None:
             # A set of request ids up to 0.17, the step's metadata after it.
             ids = getattr(kv_connector_metadata, "preempted", kv_connector_metadata)
-            self._worker.preempted(ids)
+            self._worker.preempted(ids, alone=self._is_alone())
+
+    def _is_alone(self) -> bool:
+        """Whether vLLM has no other connector beside this one, as under MultiConnector."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        return not has_kv_transfer_group() or get_kv_transfer_group() is self
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:

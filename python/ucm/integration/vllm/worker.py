@@ -380,14 +380,18 @@ class WorkerSide:
 
     # -- memory that goes away ------------------------------------------------------------------
 
-    def preempted(self, requests: Iterable[str]) -> None:
-        """vLLM took these requests' blocks back: nothing may write to them before their copies."""
+    def preempted(self, requests: Iterable[str], *, alone: bool) -> None:
+        """vLLM took these requests' blocks back: nothing may write to them before their copies.
+
+        ``alone``: no other connector writes to vLLM's memory. One that does, over a network for instance, may
+        follow no stream.
+        """
         wanted = set(requests)
         jobs = [job for job in self._saves if not job.copied and not wanted.isdisjoint(job.requests)]
         if not jobs:
             return
         self.stats.add("preemption_waits", len(jobs))
-        if self._stream.is_device:
+        if self._stream.is_device and alone:
             self._wait(jobs, Stage.ENQUEUED)
             jobs = [job for job in jobs if not self._is_waited_for(job)]
         self._end_copies(jobs)
