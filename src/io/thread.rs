@@ -41,7 +41,8 @@ pub fn mark_reactor() {
 
 /// What is left for the end of a batch.
 struct Deferred {
-    /// Whose it is, where one is enough for all that the batch brings.
+    /// Whom it wakes, where once is enough for all that the batch brings. These come first: others may take
+    /// milliseconds.
     key: Option<usize>,
     job: Box<dyn FnOnce()>,
 }
@@ -73,7 +74,9 @@ pub fn batch<T>(body: impl FnOnce() -> T) -> T {
                 if deferred.is_empty() {
                     return;
                 }
-                deferred.into_iter().for_each(|deferred| (deferred.job)());
+                let (wakes, jobs): (Vec<_>, Vec<_>) =
+                    deferred.into_iter().partition(|deferred| deferred.key.is_some());
+                wakes.into_iter().chain(jobs).for_each(|deferred| (deferred.job)());
             }
         }
     }
@@ -99,8 +102,8 @@ pub fn after_batch(job: impl FnOnce() + 'static) {
     }
 }
 
-/// As [`after_batch`], but once for all calls of a batch with the same key: the address of something that `job`
-/// keeps alive.
+/// Wakes somebody as the batch of this thread ends, before what it left with [`after_batch`], and once for all calls
+/// with the same key: the address of something that `job` keeps alive.
 pub fn after_batch_once(key: usize, job: impl FnOnce() + 'static) {
     if !in_batch() {
         return job();
@@ -226,5 +229,20 @@ mod tests {
         batch(|| add(1));
         add(1);
         assert_eq!(count.get(), 4);
+    }
+
+    /// Who is to be woken waited for what was left before it, such as the copy of a part of 4 MiB.
+    #[test]
+    fn wake_ups_go_before_work() {
+        let log = Rc::new(RefCell::new(Vec::new()));
+        let note = |name| {
+            let log = Rc::clone(&log);
+            move || log.borrow_mut().push(name)
+        };
+        batch(|| {
+            after_batch(note("work"));
+            after_batch_once(1, note("wake-up"));
+        });
+        assert_eq!(*log.borrow(), ["wake-up", "work"]);
     }
 }
