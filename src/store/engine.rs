@@ -164,7 +164,7 @@ impl Engine {
     }
 
     /// Ends everything: after a panic on an engine thread nothing is left to trust.
-    fn fail_everything(&self, error: &Error) {
+    pub(super) fn fail_everything(&self, error: &Error) {
         let _ = self.poison.set(error.clone());
         self.fail_tasks(error);
     }

@@ -1,6 +1,7 @@
 //! Submit: a batch becomes a task, its units go to the part table, and what nobody knows is looked for once.
 
 use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -222,7 +223,11 @@ impl Engine {
         };
         thread::batch(|| {
             let ((), jobs) = self.event_jobs(save);
-            self.pool.submit(jobs);
+            let submit = AssertUnwindSafe(|| self.pool.submit(jobs));
+            if let Err(panic) = catch_unwind(submit) {
+                // As in a copy worker: nothing is left to trust, and nobody is left waiting.
+                self.fail_everything(&Error::panicked("the copy of a save", &*panic));
+            }
         });
     }
 
