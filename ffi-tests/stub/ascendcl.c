@@ -314,23 +314,6 @@ API aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int 
     return OK;
 }
 
-/* For programs beside the store: done when it returns, and any host memory will do. */
-API aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) {
-    ENTER_CONTEXT("aclrtMemcpy");
-    if (room < bytes || (kind != 1 && kind != 2)) {
-        stub_misuse("aclrtMemcpy", "%zu bytes into %zu, kind %d", bytes, room, kind);
-    }
-    if (stub_find(kind == 1 ? to : from, NULL, NULL) != STUB_DEVICE) {
-        stub_misuse("aclrtMemcpy", "the device's side is not device memory");
-    }
-    if (kind == 1) {
-        ucm_stub_poke(to, from, bytes);
-    } else {
-        ucm_stub_peek(to, from, bytes);
-    }
-    return OK;
-}
-
 API aclrtMemcpy2dAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
                        int kind, aclrtStream stream) {
     ENTER_CONTEXT("aclrtMemcpy2dAsync");

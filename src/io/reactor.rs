@@ -491,7 +491,8 @@ mod tests {
     #[derive(Default)]
     struct Holds {
         begun: Vec<Ended>,
-        log: Arc<AtomicUsize>,
+        /// Of the operations that have begun.
+        pages: Arc<AtomicUsize>,
         may_end: Arc<AtomicBool>,
         waker: Arc<Waker>,
     }
@@ -501,14 +502,14 @@ mod tests {
             "holds"
         }
         fn depth(&self) -> u32 {
-            4
+            64
         }
         fn waker(&self) -> Arc<dyn Wake> {
             Arc::clone(&self.waker) as Arc<dyn Wake>
         }
         fn push(&mut self, op: &Op<'_>) {
             self.begun.push(Ended { token: op.token, result: op.memory.length as i32 });
-            self.log.fetch_add(1, Ordering::SeqCst);
+            self.pages.fetch_add(op.memory.length / 4096, Ordering::SeqCst);
         }
         fn wait(&mut self, patience: Patience, ended: &mut Vec<Ended>) -> Result<()> {
             let mut woken = self.waker.0.lock();
@@ -534,8 +535,8 @@ mod tests {
     #[test]
     fn a_request_beside_neighbours_in_one_operation_begins() {
         let io = Holds::default();
-        let (log, may_end, waker) =
-            (Arc::clone(&io.log), Arc::clone(&io.may_end), Arc::clone(&io.waker));
+        let (pages, may_end, waker) =
+            (Arc::clone(&io.pages), Arc::clone(&io.may_end), Arc::clone(&io.waker));
         let config = ReactorConfig {
             name: "ucm-test".into(),
             cpu: None,
@@ -562,15 +563,14 @@ mod tests {
         reactor.submit((0..PLENTY_IN_FLIGHT).map(request));
         let wait_for = |count| {
             let late = Instant::now() + Duration::from_secs(30);
-            while log.load(Ordering::SeqCst) < count && Instant::now() < late {
+            while pages.load(Ordering::SeqCst) < count && Instant::now() < late {
                 std::thread::yield_now();
             }
-            assert!(log.load(Ordering::SeqCst) >= count, "{count} operations have not begun");
+            assert_eq!(pages.load(Ordering::SeqCst), count, "pages whose requests have begun");
         };
-        wait_for(1);
-        let shared = log.load(Ordering::SeqCst);
+        wait_for(PLENTY_IN_FLIGHT);
         reactor.submit([request(100)]);
-        wait_for(shared + 1);
+        wait_for(PLENTY_IN_FLIGHT + 1);
         may_end.store(true, Ordering::SeqCst);
         waker.wake();
         for _ in 0..=PLENTY_IN_FLIGHT {

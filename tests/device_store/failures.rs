@@ -76,7 +76,8 @@ fn statuses(task: &Task) -> Vec<Result<()>> {
     task.statuses().unwrap()
 }
 
-/// Saves blocks that a kernel is still writing, takes their memory back on a stream that waits, and loads them elsewhere on a stream that waits. Gives the
+/// Saves blocks that a kernel is still writing, takes their memory back on a stream that waits, and loads them elsewhere
+/// on a stream that waits. Gives the
 /// errors; whatever ends well must be right.
 fn round(fake: &Fake, store: &Store, numbers: [u64; BLOCKS]) -> Vec<ucm::error::Error> {
     let (source, target) = (fake.alloc(BLOCKS * BLOCK), fake.alloc(BLOCKS * BLOCK));

@@ -1,5 +1,6 @@
 //! Whole stores on the fake drivers: layers, failures, and blocks that go from one make of device to the other.
 
+#[cfg(feature = "tools")]
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
