@@ -15,7 +15,7 @@ from vllm.v1.core.sched import output
 from ucm.store import ANY_PROMISE
 
 WorkerMetadataBase: Any = getattr(base, "KVConnectorWorkerMetadata", object)
-"""Missing before 0.18: there nothing but finished transfers travels back."""
+"""Missing before 0.18: there the report travels within the statistics."""
 
 
 NO_HOLD: Final = 0
@@ -71,8 +71,8 @@ class StepMetadata(KVConnectorMetadata):
     """Holds that are not needed any more and were not loaded."""
 
 
-CAN_REPORT: Final = WorkerMetadataBase is not object
-"""Whether a report reaches the scheduler side."""
+REPORTS_IN_STATS: Final = WorkerMetadataBase is object
+"""Whether vLLM has nothing else that carries a report to the scheduler side in every step."""
 
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
 CAN_FAIL_REQUESTS: Final = TransferResults is not None and hasattr(output, "KVConnectorBlockState")
@@ -110,3 +110,14 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
                 for request in self.failed.keys() | other.failed.keys()
             },
         )
+
+
+def report_of(output: Any) -> WorkerReport | None:
+    """The report in what the scheduler side hears of a step."""
+    if not REPORTS_IN_STATS:
+        report: WorkerReport | None = output.kv_connector_worker_meta
+        return report
+    stats = output.kv_connector_stats
+    # Of a MultiConnector these are the statistics of all its connectors by name.
+    every = (stats, *stats.data.values()) if stats is not None else ()
+    return next((one.report for one in every if getattr(one, "report", None) is not None), None)

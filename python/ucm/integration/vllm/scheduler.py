@@ -21,7 +21,7 @@ from ucm.integration.vllm.geometry import NULL_BLOCK
 from ucm.integration.vllm.groups import GroupShape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.holds import Holds
-from ucm.integration.vllm.metadata import CAN_REPORT, StepMetadata, Transfer
+from ucm.integration.vllm.metadata import REPORTS_IN_STATS, StepMetadata, Transfer, report_of
 from ucm.integration.vllm.namespace import Namespace
 from ucm.integration.vllm.pins import Pins
 from ucm.integration.vllm.request_state import RequestState
@@ -73,7 +73,6 @@ class SchedulerSide:
         self._loads_in_step = (
             config.use_layerwise
             and config.has_cache
-            and CAN_REPORT
             and config.handoff is Handoff.PROMISE
             # Of a request that runs, a failure in one of several groups cannot be reported.
             and not shape.windowed
@@ -311,7 +310,7 @@ class SchedulerSide:
         step, self._step = self._step, StepMetadata(number=self._step.number + 1)
         step.computes = scheduler_output.total_num_scheduled_tokens > 0
         self.stats.add("steps", step.computes)
-        if not CAN_REPORT:
+        if REPORTS_IN_STATS:  # which vLLM asks for before it hands over the report of the step
             self._computes = step.computes
         elif not step.computes:
             self._empty_steps.add(step.number)
@@ -400,11 +399,12 @@ class SchedulerSide:
 
     def worker_output(self, output: Any) -> None:
         """The workers' report of a step."""
-        report = getattr(output, "kv_connector_worker_meta", None)
+        report = report_of(output)
         if report is not None:
             self._copied_step, self._seen_step = report.copied_step, report.step
-            self._computes = report.step not in self._empty_steps
-            self._empty_steps = {step for step in self._empty_steps if step > report.step}
+            if not REPORTS_IN_STATS:
+                self._computes = report.step not in self._empty_steps
+                self._empty_steps = {step for step in self._empty_steps if step > report.step}
             self._holds.answered(report.holds)
             self._pins.release(report.copied_step)
             for request_id, good in report.failed.items():

@@ -58,6 +58,8 @@ class UcmStats(KVConnectorStats):
     """Counters of one interval."""
 
     data: dict[str, Any] = field(default_factory=dict)
+    report: Any = None
+    """The workers' report, where nothing else carries it; vLLM publishes ``data`` alone."""
 
     def add(self, name: str, amount: float = 1) -> None:
         """Counts."""
@@ -78,6 +80,9 @@ class UcmStats(KVConnectorStats):
         """Adds another's counters to these."""
         for name, amount in other.data.items():
             self.add(name, amount)
+        report = getattr(other, "report", None)
+        if report is not None:
+            self.report = report if self.report is None else self.report.aggregate(report)
         return self
 
     def reduce(self) -> dict[str, int | float]:

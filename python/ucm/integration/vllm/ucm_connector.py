@@ -15,7 +15,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from ucm.integration.vllm.config import ConnectorConfig
 from ucm.integration.vllm.config import load as load_config
-from ucm.integration.vllm.metadata import CAN_FAIL_REQUESTS, Groups, StepMetadata, TransferResults
+from ucm.integration.vllm.metadata import (
+    CAN_FAIL_REQUESTS,
+    REPORTS_IN_STATS,
+    Groups,
+    StepMetadata,
+    TransferResults,
+)
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 
 if TYPE_CHECKING:
@@ -330,8 +336,15 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
     # -- both ---------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> UcmStats | None:
-        side = self._scheduler if self._scheduler is not None else self._worker
-        return side.take_stats() if side is not None else None
+        if self._scheduler is not None:
+            return self._scheduler.take_stats()
+        if self._worker is None:
+            return None
+        stats = self._worker.take_stats()
+        if REPORTS_IN_STATS:
+            stats = stats or UcmStats()
+            stats.report = self._worker.report()
+        return stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UcmStats:
