@@ -77,8 +77,7 @@ fn statuses(task: &Task) -> Vec<Result<()>> {
 }
 
 /// Saves blocks that a kernel is still writing, takes their memory back on a stream that waits, and loads them elsewhere
-/// on a stream that waits. Gives the
-/// errors; whatever ends well must be right.
+/// on a stream that waits. Gives the errors; whatever ends well must be right.
 fn round(fake: &Fake, store: &Store, numbers: [u64; BLOCKS]) -> Vec<ucm::error::Error> {
     let (source, target) = (fake.alloc(BLOCKS * BLOCK), fake.alloc(BLOCKS * BLOCK));
     let (stream, event) = (fake.stream(), fake.event());

@@ -236,7 +236,7 @@ class SchedulerSide:
         return True
 
     def _promised(self, state: RequestState, wait: handoff.Wait, first: int, limit: int) -> int:
-        """How many blocks are still promised: without promises of which one from ``first`` on was given up."""
+        """How many blocks are still promised; not by promises of which one from ``first`` on was given up."""
         assert wait.kept is not None
         for promise in list(wait.kept):
             ids = state.chain.upto(state.request, min(promise.blocks, limit))[first:]
