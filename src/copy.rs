@@ -10,6 +10,8 @@
 //! A reactor hands what it has read to the workers, except where that costs more than it gains: with the host
 //! device it does small jobs itself, and large ones while it is well ahead of the drive ([`CopyPool::read`]).
 
+mod hashing;
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -19,11 +21,13 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::device::{CopyJob, CopyStream, Device, Direction, Finished, Staging};
+use crate::device::{CopyJob, CopyStream, Device, Direction, Finished, HASH_BEAT, Staging, Wake};
 use crate::error::{Error, Result};
 use crate::io::thread;
 use crate::parts::{PartId, Unit};
 use crate::task::Address;
+pub(crate) use hashing::Hash;
+use hashing::Hashes;
 
 /// Jobs a worker takes at once from the shared queues where the device copies by itself.
 const BATCH_DEVICE: usize = 64;
@@ -61,6 +65,8 @@ unsafe impl Send for Copy {}
 pub(crate) enum Job {
     /// A copy for the device.
     Copy(Copy),
+    /// Checksums for the device.
+    Hash(Hash),
     /// CPU work on so many bytes: runs on the worker and returns the copies that follow from it.
     Compute(Urgency, u64, Box<dyn FnOnce() -> Vec<Job> + Send>),
 }
@@ -126,7 +132,7 @@ impl Job {
         match self {
             Job::Copy(Copy { direction: Direction::Scatter, .. }) => Urgency::Load,
             Job::Copy(Copy { direction: Direction::Gather, .. }) => Urgency::Save,
-            Job::Compute(urgency, ..) => *urgency,
+            Job::Hash(Hash { urgency, .. }) | Job::Compute(urgency, ..) => *urgency,
         }
     }
 
@@ -140,7 +146,7 @@ impl Job {
 
     fn cpu_bytes(&self) -> u64 {
         match self {
-            Job::Copy(_) => 0,
+            Job::Copy(_) | Job::Hash(_) => 0,
             Job::Compute(_, bytes, _) => *bytes,
         }
     }
@@ -158,7 +164,7 @@ pub(crate) trait Owner: Send + Sync {
 struct Queues {
     loads: VecDeque<Job>,
     saves: VecDeque<Job>,
-    /// Of these, copies that a device does by itself: one worker hands over as many as there are.
+    /// Of these, work that a device does by itself: one worker hands over as much as there is.
     handed_on: usize,
     /// Bytes of CPU work that are queued.
     cpu_bytes: u64,
@@ -226,14 +232,16 @@ impl CopyPool {
     fn worker(&self, device: &dyn Device, role: Role, owner: &Arc<dyn Owner>) -> Result<Worker> {
         let news = Arc::new(AtomicBool::new(false));
         let (flag, shared) = (Arc::clone(&news), Arc::clone(&self.shared));
-        let wake = Arc::new(move || {
+        let wake: Wake = Arc::new(move || {
             flag.store(true, Ordering::Release);
             let _queues = shared.queues.lock();
             shared.wake.notify_all();
         });
         Ok(Worker {
             shared: Arc::clone(&self.shared),
-            stream: device.open_stream(wake)?,
+            stream: device.open_stream(Arc::clone(&wake))?,
+            hashes: Hashes::default(),
+            wake,
             news,
             role,
             owner: Arc::clone(owner),
@@ -393,7 +401,7 @@ impl Queues {
     }
 
     fn hands_on(&self, job: &Job) -> bool {
-        self.is_device() && matches!(job, Job::Copy(_))
+        self.is_device() && matches!(job, Job::Copy(_) | Job::Hash(_))
     }
 
     /// Workers that what is queued is work for.
@@ -426,9 +434,9 @@ impl Shared {
         }
     }
 
-    /// As many jobs as a worker takes at once; waits for one unless the device has news or copies could be lost
+    /// As many jobs as a worker takes at once; waits for one unless the device has news or its work could be lost
     /// sight of.
-    fn take(&self, batch: usize, news: &AtomicBool, flying: bool, taken: &mut Vec<Job>) -> Taken {
+    fn take(&self, batch: usize, news: &AtomicBool, flying: Flying, taken: &mut Vec<Job>) -> Taken {
         let mut queues = self.queues.lock();
         loop {
             let mut room = Room::of(batch);
@@ -440,15 +448,34 @@ impl Shared {
             if !taken.is_empty() || news.swap(false, Ordering::AcqRel) {
                 return Taken::Some;
             }
-            if queues.stopped && !flying {
+            if queues.stopped && flying == Flying::Nothing {
                 return Taken::End;
             }
             queues.idle += 1;
-            self.wake.wait(&mut queues);
+            let late = match flying {
+                Flying::Hashes => self.wake.wait_for(&mut queues, HASH_BEAT).timed_out(),
+                Flying::Copies | Flying::Nothing => {
+                    self.wake.wait(&mut queues);
+                    false
+                }
+            };
             queues.idle -= 1;
             queues.waking = queues.waking.saturating_sub(1);
+            if late {
+                return Taken::Some;
+            }
         }
     }
+}
+
+/// What a worker waits for of its device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flying {
+    Nothing,
+    /// The stream wakes it.
+    Copies,
+    /// Also copies, perhaps. A device that has failed wakes nobody.
+    Hashes,
 }
 
 #[derive(PartialEq, Eq)]
@@ -489,6 +516,9 @@ impl Role {
 struct Worker {
     shared: Arc<Shared>,
     stream: Box<dyn CopyStream>,
+    hashes: Hashes,
+    /// Called where a poll of the stream or of the checksums would find news.
+    wake: Wake,
     news: Arc<AtomicBool>,
     role: Role,
     owner: Arc<dyn Owner>,
@@ -513,7 +543,11 @@ impl Worker {
         let Role::Thread { batch } = self.role else { return };
         let mut jobs = Vec::new();
         loop {
-            let flying = self.flying.len() > self.free.len();
+            let flying = match self.flying.len() > self.free.len() {
+                _ if !self.hashes.is_empty() => Flying::Hashes,
+                true => Flying::Copies,
+                false => Flying::Nothing,
+            };
             if self.shared.take(batch, &self.news, flying, &mut jobs) == Taken::End {
                 return;
             }
@@ -542,6 +576,7 @@ impl Worker {
         for job in jobs.drain(..) {
             match job {
                 Job::Compute(_, _, work) => next.append(&mut work()),
+                Job::Hash(hash) => self.hashes.push(hash),
                 Job::Copy(copy) if copy.unit.task.begin(copy.unit.index) => copies.push(copy),
                 Job::Copy(copy) => next.append(&mut self.owner.copied(copy, None, Staging::Free)),
             }
@@ -605,6 +640,7 @@ impl Worker {
             self.free.push(ticket);
             next.append(&mut self.owner.copied(copy, Some(result), staging));
         }
+        next.append(&mut self.hashes.advance(&self.wake));
         next
     }
 }

@@ -16,7 +16,7 @@ use fakes::cufile::CuFake;
 use gpu::Gpu;
 use twox_hash::xxhash3_64::Hasher;
 use ucm::config::DeviceKind;
-use ucm::device::{DeviceStaging, HASH_BYTES_MIN, HashRun, open};
+use ucm::device::{DeviceStaging, HASH_BYTES_MIN, HashRun, hash_and_wait, open};
 use ucm::error::{Error, ErrorKind};
 use ucm::store::Store;
 use ucm::task::{Stage, Task};
@@ -77,7 +77,7 @@ fn hashes_are_exact() {
         HashRun { offset, bytes, seed }
     };
     let runs: Vec<HashRun> = lengths.into_iter().map(run).collect();
-    let hashes = staging.hash(&runs).unwrap();
+    let hashes = hash_and_wait(&staging, &runs).unwrap();
     assert_eq!(hashes.len(), runs.len());
     for (run, hash) in runs.iter().zip(hashes) {
         let there = &bytes[run.offset..][..run.bytes as usize];
@@ -85,9 +85,9 @@ fn hashes_are_exact() {
     }
     // One byte more or less, or another one, is another hash.
     let whole = HashRun { offset: 0, bytes: 4 << 20, seed: 1 };
-    let before = staging.hash(&[whole]).unwrap();
+    let before = hash_and_wait(&staging, &[whole]).unwrap();
     staging.write((4 << 20) - 1, &[bytes[(4 << 20) - 1] ^ 1]).unwrap();
-    assert_ne!(staging.hash(&[whole]).unwrap(), before);
+    assert_ne!(hash_and_wait(&staging, &[whole]).unwrap(), before);
     device.unpin(staging.base());
 }
 
@@ -113,7 +113,7 @@ fn hashes_at_once_are_exact() {
     let best = |runs: &[HashRun]| -> Duration {
         let timed = |_| {
             let begin = Instant::now();
-            assert_eq!(staging.hash(runs).unwrap(), right[..runs.len()]);
+            assert_eq!(hash_and_wait(&staging, runs).unwrap(), right[..runs.len()]);
             begin.elapsed()
         };
         (0..ROUNDS).map(timed).min().unwrap()
@@ -129,7 +129,7 @@ fn hashes_at_once_are_exact() {
             let (staging, right) = (&staging, &right);
             scope.spawn(move || {
                 for part in (thread..PARTS).step_by(4) {
-                    assert_eq!(staging.hash(&[run(part)]).unwrap(), [right[part]]);
+                    assert_eq!(hash_and_wait(staging, &[run(part)]).unwrap(), [right[part]]);
                 }
             });
         }

@@ -324,15 +324,6 @@ API cuEventQuery(CUevent event) {
     return (CUresult)(stub_event_done((struct stub_event *)event) ? OK : NOT_READY);
 }
 
-API cuEventSynchronize(CUevent event) {
-    ENTER_CONTEXT("cuEventSynchronize");
-    if (!stub_event_known((struct stub_event *)event)) {
-        return (CUresult)INVALID_HANDLE;
-    }
-    stub_event_wait((struct stub_event *)event);
-    return (CUresult)stub_dead();
-}
-
 API cuLaunchHostFunc(CUstream stream, CUhostFn function, void *data) {
     ENTER_CONTEXT("cuLaunchHostFunc");
     stub_host_function(cuda_stream_of("cuLaunchHostFunc", stream), function, data);

@@ -65,8 +65,6 @@ void stub_record(struct stub_event *event, struct stub_stream *stream);
 /* The event must have been recorded. */
 void stub_wait(struct stub_stream *stream, struct stub_event *event);
 bool stub_event_done(struct stub_event *event);
-/* Blocks until it has happened, or everything is dead. */
-void stub_event_wait(struct stub_event *event);
 
 /* One transfer: rows of `width` bytes. The memory is checked now and when it runs. */
 struct stub_copy {

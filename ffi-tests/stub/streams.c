@@ -372,19 +372,6 @@ bool stub_event_done(struct stub_event *event) {
     return done;
 }
 
-void stub_event_wait(struct stub_event *event) {
-    pthread_mutex_lock(&stub_lock);
-    struct token *token = event->token;
-    if (token) {
-        token->references++;
-        while (!token->done && !stub_dead_status) {
-            pthread_cond_wait(&stub_changed, &stub_lock);
-        }
-        release(token);
-    }
-    pthread_mutex_unlock(&stub_lock);
-}
-
 /* ---- work ---- */
 
 void stub_copy(const char *call, struct stub_stream *stream, const struct stub_copy *copy) {

@@ -13,7 +13,7 @@ mod open;
 mod staging;
 
 pub use open::open;
-pub use staging::{DeviceStaging, HASH_BYTES_MIN, HashRun};
+pub use staging::{DeviceStaging, HASH_BEAT, HASH_BYTES_MIN, HashRun, Hashing, hash_and_wait};
 
 use std::any::Any;
 use std::ffi::c_void;

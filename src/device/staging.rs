@@ -5,6 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use super::Wake;
 use crate::error::Result;
 
 /// Bytes whose checksum is wanted: a run of the staging memory, and the seed.
@@ -32,14 +37,38 @@ pub trait DeviceStaging: Send + Sync {
     /// Calls `work` with the device's context current on this thread.
     fn with_context(&self, work: &mut dyn FnMut()) -> Result<()>;
 
-    /// XXH3-64 of each run. Blocks, without spinning, until the device has computed them: tens of microseconds and
-    /// a fraction of a millisecond for each part of 4 MiB. What other streams and the drive wrote before is seen
-    /// if it was known to have ended.
-    fn hash(&self, runs: &[HashRun]) -> Result<Vec<u64>>;
+    /// Has the device compute the XXH3-64 of each run, of at least one, which takes it tens of microseconds and a
+    /// fraction of a millisecond for parts of 4 MiB. Does not wait for it: `wake` is called, on any thread, when a
+    /// poll would find news, but not where the device has failed, so poll every [`HASH_BEAT`] too. What other streams
+    /// and the drive wrote before is seen if it was known to have ended.
+    fn hash(self: Arc<Self>, runs: &[HashRun], wake: &Wake) -> Result<Box<dyn Hashing>>;
 
     /// Copies a few bytes in. Blocks.
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<()>;
 
     /// Copies a few bytes out. Blocks.
     fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()>;
+}
+
+/// Checksums that a device computes. Dropped before their end, they are leaked, with the memory.
+pub trait Hashing: Send {
+    /// The checksums, in the order of the runs, or why there are none; `None`: not yet. Not to be polled after that.
+    /// Does not wait for the device, unless a call of its driver has failed.
+    fn poll(&mut self) -> Option<Result<Vec<u64>>>;
+}
+
+/// How long to rely on being woken.
+pub const HASH_BEAT: Duration = Duration::from_millis(50);
+
+/// As [`DeviceStaging::hash`], and waits for the answer.
+pub fn hash_and_wait(memory: &Arc<dyn DeviceStaging>, runs: &[HashRun]) -> Result<Vec<u64>> {
+    let thread = thread::current();
+    let wake: Wake = Arc::new(move || thread.unpark());
+    let mut hashing = Arc::clone(memory).hash(runs, &wake)?;
+    loop {
+        if let Some(answer) = hashing.poll() {
+            return answer;
+        }
+        thread::park_timeout(HASH_BEAT);
+    }
 }

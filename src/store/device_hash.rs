@@ -7,16 +7,15 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::engine::Engine;
-use crate::copy::Job;
-use crate::device::{DeviceStaging, HashRun};
+use crate::copy::{Hash, Job, Urgency};
+use crate::device::HashRun;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Class;
 use crate::parts::{Check, Outcome, PartId, Piece};
 use crate::posix::{Claim, Extent, Trailer, Wanted};
 
-/// The checksums that the device computes now, each of which holds a copy worker in the driver for as long as the
-/// device takes. A store that closes does not wait for what may never end: it lets no further one begin, and is
-/// leaked where one is under way.
+/// The checksums that were asked of the device and are not there. A store that closes does not wait for what may never
+/// end: it lets no further one be asked for, and is leaked where one is under way.
 #[derive(Default)]
 pub(super) struct Hashes(Mutex<Counted>);
 
@@ -27,20 +26,20 @@ struct Counted {
 }
 
 /// One of them.
-struct UnderWay<'a>(&'a Hashes);
+struct UnderWay(Arc<Hashes>);
 
 impl Hashes {
-    fn begin(&self) -> Result<UnderWay<'_>> {
+    fn begin(self: &Arc<Self>) -> Result<UnderWay> {
         let mut counted = self.0.lock();
         if counted.shut {
             let text = "the store was closed before the device had computed a checksum";
             return Err(Error::new(ErrorKind::Closed, text));
         }
         counted.under_way += 1;
-        Ok(UnderWay(self))
+        Ok(UnderWay(Arc::clone(self)))
     }
 
-    /// Lets no more begin; whether none is under way, so that no copy worker is in the driver for one, nor will be.
+    /// Lets no more begin; whether none is under way, so that no copy worker waits for one, nor will.
     pub(super) fn shut(&self) -> bool {
         let mut counted = self.0.lock();
         counted.shut = true;
@@ -48,58 +47,70 @@ impl Hashes {
     }
 }
 
-impl Drop for UnderWay<'_> {
+impl Drop for UnderWay {
     fn drop(&mut self) {
         self.0.0.lock().under_way -= 1;
     }
 }
 
 impl Engine {
-    /// The hashes of these runs of a slot.
-    fn hash(&self, memory: &dyn DeviceStaging, slot: u32, wanted: &[Wanted]) -> Result<Vec<u64>> {
-        let _under_way = self.hashes.begin()?;
-        memory.hash(&self.hash_runs(slot, wanted))
+    /// The job that has the device compute what is wanted of a slot, and then goes on with the hashes.
+    fn hash(
+        &self,
+        urgency: Urgency,
+        slot: u32,
+        wanted: &[Wanted],
+        then: impl FnOnce(&Engine, Result<Vec<u64>>) -> Vec<Job> + Send + 'static,
+    ) -> Vec<Job> {
+        let memory = self.slots().device().filter(|_| !wanted.is_empty());
+        let Some(memory) = memory.map(Arc::clone) else { return then(self, Ok(Vec::new())) };
+        let under_way = match self.hashes.begin() {
+            Ok(under_way) => under_way,
+            Err(error) => return then(self, Err(error)),
+        };
+        let engine = self.this();
+        let then = move |hashes| {
+            drop(under_way);
+            then(&engine, hashes)
+        };
+        let (runs, then) = (self.hash_runs(slot, wanted), Box::new(then));
+        vec![Job::Hash(Hash { urgency, memory, runs, then })]
     }
 
-    /// As `verify_whole` and `verify_shards`, of a piece in device memory; all of it in one request to the device.
+    /// As `verify`, of a piece in device memory; all of it in one request to the device.
     pub(super) fn verify_on_device(
         &self,
         piece: &Piece,
         trailer: Option<Arc<Trailer>>,
-        memory: &dyn DeviceStaging,
-    ) -> Outcome {
+    ) -> Vec<Job> {
         let found_now = trailer.clone().filter(|_| matches!(piece.check, Check::First));
-        let (shards, error) = match self.bad_shards(piece, trailer.as_deref(), memory) {
-            Ok(bad) if bad.is_empty() => return Outcome::Good(found_now),
-            Ok(bad) => (bad, self.tier().refuted(&piece.key, &piece.found)),
-            // Nothing is known of the bytes, so nobody gets them.
-            Err(error) => (piece.shards.clone().collect(), error),
+        let claims = match self.claims(piece, trailer.as_deref()) {
+            Ok(claims) => claims,
+            Err(error) => return self.unknown(piece, error, found_now),
         };
-        Outcome::Bad { shards, error, trailer: found_now }
+        let wanted: Vec<Wanted> = claims.iter().map(|(_, claim)| claim.wanted).collect();
+        let whole = trailer.is_none();
+        let piece = piece.clone();
+        self.hash(Urgency::Load, piece.slot, &wanted, move |engine, hashes| {
+            let shards = match hashes {
+                Ok(hashes) if whole => whole_if_any(bad_shards(&claims, &hashes), &piece),
+                Ok(hashes) => bad_shards(&claims, &hashes),
+                Err(error) => return engine.unknown(&piece, error, found_now),
+            };
+            let outcome = if shards.is_empty() {
+                Outcome::Good(found_now)
+            } else {
+                let error = engine.tier().refuted(&piece.key, &piece.found);
+                Outcome::Bad { shards, error, trailer: found_now }
+            };
+            engine.verified(&piece, outcome, Vec::new())
+        })
     }
 
-    /// The shards of a piece that are not what was saved: of a whole part all, if it is not.
-    fn bad_shards(
-        &self,
-        piece: &Piece,
-        trailer: Option<&Trailer>,
-        memory: &dyn DeviceStaging,
-    ) -> Result<Vec<u32>> {
-        let claims = self.claims(piece, trailer)?;
-        let wanted: Vec<Wanted> = claims.iter().map(|(_, claim)| claim.wanted).collect();
-        let hashes = self.hash(memory, piece.slot, &wanted)?;
-        let broken = |(_, claim): &&(u32, Claim), hash: &u64| !claim.holds(*hash);
-        let mut bad: Vec<u32> = claims
-            .iter()
-            .zip(&hashes)
-            .filter(|(claim, hash)| broken(claim, hash))
-            .map(|((shard, _), _)| *shard)
-            .collect();
-        bad.dedup();
-        if trailer.is_none() && !bad.is_empty() {
-            bad = piece.shards.clone().collect();
-        }
-        Ok(bad)
+    /// Nothing is known of a piece's bytes, so nobody gets them.
+    fn unknown(&self, piece: &Piece, error: Error, trailer: Option<Arc<Trailer>>) -> Vec<Job> {
+        let shards = piece.shards.clone().collect();
+        self.verified(piece, Outcome::Bad { shards, error, trailer }, Vec::new())
     }
 
     /// What must hold for a piece, each claim with the shard it belongs to.
@@ -134,30 +145,26 @@ impl Engine {
     }
 
     /// As `seal`, of a slot in device memory.
-    pub(super) fn seal_on_device(
-        &self,
-        part: PartId,
-        slot: u32,
-        extent: Extent,
-        memory: &dyn DeviceStaging,
-    ) -> Vec<Job> {
+    pub(super) fn seal_on_device(&self, part: PartId, slot: u32, extent: Extent) -> Vec<Job> {
         let geometry = &self.config.geometry;
         let shard_bytes = geometry.shard_bytes.min(geometry.part_bytes);
         let wanted = self.tier().hashes_wanted(&extent, shard_bytes);
-        let hashes = match self.hash(memory, slot, &wanted) {
-            Ok(hashes) => hashes,
-            // The extent goes back to its segment.
-            Err(error) => {
-                self.stored(part, &Err(error));
-                return Vec::new();
-            }
-        };
-        let trailer = self.slots().trailer(slot);
-        // SAFETY: a page of host memory that belongs to the slot; in state Storing nobody else touches it.
-        let page = unsafe { std::slice::from_raw_parts_mut(trailer.pointer, trailer.length) };
-        self.tier().seal_hashed(&extent, shard_bytes, &hashes, page);
-        self.write_slot(part, slot, extent);
-        Vec::new()
+        self.hash(Urgency::Save, slot, &wanted, move |engine, hashes| {
+            let hashes = match hashes {
+                Ok(hashes) => hashes,
+                // The extent goes back to its segment.
+                Err(error) => {
+                    engine.stored(part, &Err(error));
+                    return Vec::new();
+                }
+            };
+            let trailer = engine.slots().trailer(slot);
+            // SAFETY: a page of host memory that belongs to the slot; in state Storing nobody else touches it.
+            let page = unsafe { std::slice::from_raw_parts_mut(trailer.pointer, trailer.length) };
+            engine.tier().seal_hashed(&extent, shard_bytes, &hashes, page);
+            engine.write_slot(part, slot, extent);
+            Vec::new()
+        })
     }
 
     /// A sealed slot goes to its extent.
@@ -168,4 +175,18 @@ impl Engine {
         });
         self.tier().write(extent, self.slots().extent(slot), Class::Save, None, done);
     }
+}
+
+/// The shards of which a claim does not hold.
+fn bad_shards(claims: &[(u32, Claim)], hashes: &[u64]) -> Vec<u32> {
+    let broken = |((_, claim), hash): &(&(u32, Claim), &u64)| !claim.holds(**hash);
+    let mut bad: Vec<u32> =
+        claims.iter().zip(hashes).filter(broken).map(|((shard, _), _)| *shard).collect();
+    bad.dedup();
+    bad
+}
+
+/// Of a part that has one checksum all shards are bad, if it is not what was saved.
+fn whole_if_any(bad: Vec<u32>, piece: &Piece) -> Vec<u32> {
+    if bad.is_empty() { bad } else { piece.shards.clone().collect() }
 }

@@ -39,7 +39,7 @@ pub(super) struct Engine {
     pub backends: Vec<Arc<Backend>>,
     pub parts: Mutex<Parts>,
     pub pool: CopyPool,
-    pub hashes: Hashes,
+    pub hashes: Arc<Hashes>,
     pub clock: Clock,
     pub completions: Arc<CompletionQueue>,
     pub tasks: Mutex<HashMap<u64, Live>>,

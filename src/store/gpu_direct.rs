@@ -15,7 +15,7 @@ use super::slots::Slots;
 use crate::block::PAGE;
 use crate::config::{Config, DirectIo, Facility, IoEngine, Storage};
 use crate::cufile::{self, CuFile};
-use crate::device::{Device, DeviceStaging, HASH_BYTES_MIN, HashRun};
+use crate::device::{Device, DeviceStaging, HASH_BYTES_MIN, HashRun, hash_and_wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::report::Fallback;
 use crate::mem::arena::{Arena, ArenaRequest};
@@ -94,7 +94,7 @@ fn ground(config: &Config, device: &Arc<dyn Device>) -> Result<Ground> {
     // The memory for trials lies behind the slots, so that no transfer reaches from a slot into what follows.
     let memory = device.staging(payloads + cufile::trial_bytes(directories))?;
     let pinned = Pinned::new(Arc::clone(device), memory.base());
-    try_hashes(&*memory)?;
+    try_hashes(&memory)?;
     let trailers = Arena::open(&ArenaRequest {
         // A page more, so that neither ends where device memory begins: such neighbours would be taken for one.
         bytes: (slots + 1) * PAGE,
@@ -115,7 +115,7 @@ fn ground(config: &Config, device: &Arc<dyn Device>) -> Result<Ground> {
 
 /// Has the device compute checksums of a pattern, where the slots will be, and compares them with the CPU's. A driver
 /// that translates the kernel wrongly would call good parts corrupt, and each would be taken out of the index.
-fn try_hashes(memory: &dyn DeviceStaging) -> Result<()> {
+fn try_hashes(memory: &Arc<dyn DeviceStaging>) -> Result<()> {
     let room = |bytes: &usize| bytes + 8 * HASHES_TRIED.len() <= memory.bytes();
     let tried: Vec<usize> = HASHES_TRIED.into_iter().filter(room).collect();
     let runs: Vec<HashRun> = tried
@@ -130,7 +130,7 @@ fn try_hashes(memory: &dyn DeviceStaging) -> Result<()> {
     let longest = tried.iter().max().map_or(0, |bytes| bytes + 8 * tried.len());
     let pattern: Vec<u8> = (0..longest).map(|at| (at % 251 + at / 251) as u8).collect();
     memory.write(0, &pattern)?;
-    let sums = memory.hash(&runs)?;
+    let sums = hash_and_wait(memory, &runs)?;
     for (run, sum) in runs.iter().zip(sums) {
         let bytes = &pattern[run.offset..][..run.bytes as usize];
         if sum != Hasher::oneshot_with_seed(run.seed, bytes) {

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::device_hash::Hashes;
 use super::engine::Engine;
 use super::fresh::Fresh;
 use super::gpu_direct::{self, Answer};
@@ -122,7 +121,7 @@ pub(super) fn open(config: Config, platform: Platform) -> Result<Arc<Engine>> {
         backends,
         parts: Mutex::new(Parts::new(rules(&config))),
         pool: CopyPool::new(),
-        hashes: Hashes::default(),
+        hashes: Arc::default(),
         clock: Clock::default(),
         completions,
         tasks: Mutex::default(),

@@ -52,6 +52,11 @@ impl Engine {
         self.tier().read(&key, &found, range, vec![trailer], class, expires, done);
     }
 
+    /// How many of so many bytes of a slot the CPU hashes.
+    pub(super) fn cpu_bytes(&self, bytes: u64) -> u64 {
+        if self.slots().device().is_some() { 0 } else { bytes }
+    }
+
     fn verifies(&self) -> bool {
         self.config.checksum == Checksum::Full
     }
@@ -103,7 +108,7 @@ impl Engine {
                 self.pool.push(jobs);
             }
             Ok(()) => {
-                let bytes = self.piece_memory(&piece).length as u64;
+                let bytes = self.cpu_bytes(self.piece_memory(&piece).length as u64);
                 let engine = Arc::clone(&self);
                 let verify = Box::new(move || engine.verify(&piece));
                 self.pool.read(Job::Compute(Urgency::Load, bytes, verify), Size::of(bytes));
@@ -158,13 +163,20 @@ impl Engine {
             Check::Shards(trailer) => trailer.clone(),
             Check::Whole | Check::First => None,
         };
+        if self.slots().device().is_some() {
+            return self.verify_on_device(piece, trailer);
+        }
         let landing =
             if self.device.is_host() { self.parts.lock().land(piece) } else { Vec::new() };
-        let outcome = match (self.slots().device(), &piece.check) {
-            (Some(memory), _) => self.verify_on_device(piece, trailer, memory),
-            (None, Check::Whole) => self.verify_whole(piece, &landing),
-            (None, _) => self.verify_shards(piece, trailer, &landing),
+        let outcome = match &piece.check {
+            Check::Whole => self.verify_whole(piece, &landing),
+            _ => self.verify_shards(piece, trailer, &landing),
         };
+        self.verified(piece, outcome, landing)
+    }
+
+    /// Counts what verifying a piece has found, and tells of it.
+    pub(super) fn verified(&self, piece: &Piece, outcome: Outcome, landing: Vec<Unit>) -> Vec<Job> {
         // A device that failed says nothing of the bytes, nor does a store that closes.
         if let Outcome::Bad { error, .. } = &outcome
             && !matches!(error.kind(), ErrorKind::Device | ErrorKind::Closed)

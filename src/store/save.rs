@@ -63,13 +63,13 @@ impl Engine {
             Ok(extent) => {
                 let worker = Arc::clone(&engine);
                 let seal = Box::new(move || {
-                    if let Some(memory) = worker.slots().device() {
-                        return worker.seal_on_device(part, slot, extent, memory);
+                    if worker.slots().device().is_some() {
+                        return worker.seal_on_device(part, slot, extent);
                     }
                     worker.seal(part, slot, extent, None);
                     Vec::new()
                 });
-                let bytes = engine.config.geometry.part_bytes;
+                let bytes = engine.cpu_bytes(engine.config.geometry.part_bytes);
                 engine.pool.push(vec![Job::Compute(Urgency::Save, bytes, seal)]);
             }
             Err(error) => engine.stored(part, &Err(error)),

@@ -48,10 +48,10 @@ impl Slots {
     }
 
     /// The device memory, where the slots are there.
-    pub(super) fn device(&self) -> Option<&dyn DeviceStaging> {
+    pub(super) fn device(&self) -> Option<&Arc<dyn DeviceStaging>> {
         match &self.place {
             Place::Host(_) => None,
-            Place::Device { memory, .. } => Some(&**memory),
+            Place::Device { memory, .. } => Some(memory),
         }
     }
 

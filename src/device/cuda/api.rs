@@ -27,7 +27,6 @@ pub(super) const ERROR_HOST_MEMORY_ALREADY_REGISTERED: c_int = 712;
 pub(super) const ERROR_HOST_MEMORY_NOT_REGISTERED: c_int = 713;
 
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
-pub(super) const EVENT_BLOCKING_SYNC: c_uint = 1;
 pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
 pub(super) const HOST_PORTABLE: c_uint = 1;
 pub(super) const HOST_DEVICEMAP: c_uint = 2;
@@ -126,7 +125,6 @@ function_table! {
     optional {
         cuCtxGetId: fn(*mut c_void, *mut u64);
         cuPointerGetAttribute: fn(*mut c_void, c_int, Address);
-        cuEventSynchronize: fn(*mut c_void);
         cuModuleLoadData: fn(*mut *mut c_void, *const c_void);
         cuModuleUnload: fn(*mut c_void);
         cuModuleGetFunction: fn(*mut *mut c_void, *mut c_void, *const c_char);

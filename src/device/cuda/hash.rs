@@ -4,12 +4,16 @@
 //! here mirror.
 
 use std::ffi::{CString, c_uint, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::Cuda;
-use super::api::{self, Address};
-use crate::device::engine::{ContextState, Driver, Event, Fault, Stream};
+use super::api::Address;
+use super::staging::{CudaStaging, told};
+use crate::device::engine::{ContextState, Driver, Event, Fault, Progress, Stream};
+use crate::device::{Hashing, Wake};
 use crate::error::{Error, ErrorKind};
 
 /// The translation of `hash.cu`.
@@ -39,7 +43,7 @@ struct Args {
 
 const _: () = assert!(size_of::<Args>() == 3856);
 
-/// What one thread needs to have sums computed.
+/// What the device needs to compute sums beside others.
 struct Lane {
     stream: Stream,
     event: Event,
@@ -48,10 +52,10 @@ struct Lane {
     mapped: Address,
 }
 
-// SAFETY: handles and memory of a lane are used by the one thread that has taken it.
+// SAFETY: handles and memory of a lane are used by whoever has taken it alone.
 unsafe impl Send for Lane {}
 
-/// The loaded kernel and its idle lanes: as many as there were threads at it at a time.
+/// The loaded kernel and its idle lanes: as many as were in use at a time.
 pub(super) struct Hasher {
     module: *mut c_void,
     function: *mut c_void,
@@ -100,48 +104,25 @@ impl Hasher {
             close(cuda, &lane);
         }
         if let Some(unload) = cuda.api.functions.cuModuleUnload {
-            // SAFETY: the module was loaded by `load` and is unloaded once; no launch is in flight, since
-            // `sums` waits for its own.
+            // SAFETY: the module was loaded by `load` and is unloaded once; no launch is in flight, since sums keep
+            // the staging, and with it the module, until they have ended.
             let _ = unsafe { unload(self.module) };
         }
     }
 
-    /// The sums of the runs, in order. Blocks until they are there. The context is current.
+    /// Has the runs' sums computed on the lane.
     ///
     /// # Safety
-    /// The runs are memory of the device that stays allocated during the call, from multiples of 8 on, and long
-    /// enough for the kernel.
-    pub(super) unsafe fn sums(&self, cuda: &Cuda, runs: &[Run]) -> Result<Vec<u64>, Fault> {
-        let idle = self.lanes.lock().pop();
-        let lane = match idle {
-            Some(lane) => lane,
-            None => open(cuda)?,
-        };
-        let mut sums = Vec::with_capacity(runs.len());
-        for chunk in runs.chunks(RUNS_MAX) {
-            // SAFETY: passed on from the caller.
-            if let Err(fault) = unsafe { self.compute(cuda, &lane, chunk) } {
-                // The kernel may still run, and write its sums: unless the stream proves that it does not, the
-                // lane is never used again, and stays allocated.
-                if cuda.synchronize(lane.stream).is_ok() {
-                    self.lanes.lock().push(lane);
-                }
-                return Err(fault);
-            }
-            // SAFETY: the lane has room for RUNS_MAX sums, of which the kernel has written these; it has ended,
-            // by the event.
-            sums.extend((0..chunk.len()).map(|at| unsafe { lane.sums.add(at).read_volatile() }));
-        }
-        self.lanes.lock().push(lane);
-        Ok(sums)
-    }
-
-    /// # Safety
-    /// As [`Hasher::sums`]; at most `RUNS_MAX` runs.
-    unsafe fn compute(&self, cuda: &Cuda, lane: &Lane, runs: &[Run]) -> Result<(), Fault> {
+    /// As [`Sums::begin`]; at most `RUNS_MAX` runs; nothing is under way on the lane.
+    unsafe fn compute(
+        &self,
+        cuda: &Cuda,
+        lane: &Lane,
+        runs: &[Run],
+        wake: &Wake,
+    ) -> Result<(), Fault> {
         let functions = &cuda.api.functions;
         let launch = functions.cuLaunchKernel.ok_or_else(|| missing("cuLaunchKernel"))?;
-        let wait = functions.cuEventSynchronize.ok_or_else(|| missing("cuEventSynchronize"))?;
         let empty = Run { address: 0, bytes: 0, seed: 0 };
         let mut args =
             Args { sums: lane.mapped, runs: runs.len() as u32, unused: 0, run: [empty; RUNS_MAX] };
@@ -155,8 +136,132 @@ impl Hasher {
         };
         cuda.api.check("cuLaunchKernel", status)?;
         cuda.record(lane.event, lane.stream)?;
-        // SAFETY: the event lives as long as the lane.
-        cuda.api.check("cuEventSynchronize", unsafe { wait(lane.event.0) })
+        let data = Box::into_raw(Box::new(Arc::clone(wake)));
+        // SAFETY: `data` is what `called_by_driver` expects, and its own.
+        if unsafe { cuda.notify(lane.stream, called_by_driver, data.cast()) }.is_err() {
+            // It only costs time: whoever waits polls at a beat as well.
+            // SAFETY: made just now; the driver has not taken it.
+            drop(unsafe { Box::from_raw(data) });
+        }
+        Ok(())
+    }
+}
+
+/// Called when sums are there.
+///
+/// # Safety
+/// `data` is a boxed [`Wake`], which this call takes.
+unsafe extern "C" fn called_by_driver(data: *mut c_void) {
+    // SAFETY: by the caller's word.
+    let wake = unsafe { Box::from_raw(data.cast::<Wake>()) };
+    // A panic must not cross the driver's frames.
+    let _ = catch_unwind(AssertUnwindSafe(|| (*wake)()));
+}
+
+/// Sums that the device computes, on a lane of their own.
+pub(super) struct Sums {
+    staging: Arc<CudaStaging>,
+    /// `None`: they have ended.
+    lane: Option<Lane>,
+    runs: Vec<Run>,
+    /// The sums that are there, of the first runs.
+    ready: Vec<u64>,
+    /// How many runs the device was given, those of `ready` included.
+    launched: usize,
+    wake: Wake,
+}
+
+impl Sums {
+    /// Has the device begin. The context is current.
+    ///
+    /// # Safety
+    /// The runs are memory of the device that stays allocated as long as `staging`, from multiples of 8 on, and long
+    /// enough for the kernel.
+    pub(super) unsafe fn begin(
+        staging: Arc<CudaStaging>,
+        runs: Vec<Run>,
+        wake: &Wake,
+    ) -> Result<Self, Fault> {
+        let idle = staging.hasher.lanes.lock().pop();
+        let lane = match idle {
+            Some(lane) => lane,
+            None => open(&staging.cuda)?,
+        };
+        let mut sums = Self {
+            staging,
+            lane: Some(lane),
+            ready: Vec::with_capacity(runs.len()),
+            runs,
+            launched: 0,
+            wake: Arc::clone(wake),
+        };
+        match sums.launch() {
+            Ok(()) => Ok(sums),
+            Err(fault) => Err(sums.give_up(fault)),
+        }
+    }
+
+    /// Launches the next runs, as many as the lane has room for.
+    fn launch(&mut self) -> Result<(), Fault> {
+        let Some(lane) = &self.lane else { return Ok(()) };
+        let from = self.launched;
+        self.launched = self.runs.len().min(from + RUNS_MAX);
+        let (cuda, runs) = (&self.staging.cuda, &self.runs[from..self.launched]);
+        // SAFETY: by the word of `begin`'s caller; the sums launched before are there.
+        unsafe { self.staging.hasher.compute(cuda, lane, runs, &self.wake) }
+    }
+
+    /// The lane goes back if the stream proves that no kernel writes its sums any more.
+    fn give_up(&mut self, fault: Fault) -> Fault {
+        if let Some(lane) = &self.lane
+            && self.staging.cuda.synchronize(lane.stream).is_ok()
+        {
+            self.staging.hasher.lanes.lock().extend(self.lane.take());
+        }
+        fault
+    }
+
+    /// Whether all sums are there. The context is current.
+    fn advance(&mut self) -> Result<Progress, Fault> {
+        let Some(lane) = &self.lane else { return Ok(Progress::Done) };
+        if self.staging.cuda.query_event(lane.event)? == Progress::Pending {
+            return Ok(Progress::Pending);
+        }
+        let count = self.launched - self.ready.len();
+        // SAFETY: the lane has room for RUNS_MAX sums, of which the kernel has written these; it has ended, by the
+        // event.
+        self.ready.extend((0..count).map(|at| unsafe { lane.sums.add(at).read_volatile() }));
+        if self.launched < self.runs.len() {
+            self.launch()?;
+            return Ok(Progress::Pending);
+        }
+        self.staging.hasher.lanes.lock().extend(self.lane.take());
+        Ok(Progress::Done)
+    }
+}
+
+impl Hashing for Sums {
+    fn poll(&mut self) -> Option<crate::error::Result<Vec<u64>>> {
+        let cuda = Arc::clone(&self.staging.cuda);
+        // Entering may fail for want of memory; twice in a row is a dead context.
+        let _entered = match cuda.enter().or_else(|_| cuda.enter()) {
+            Ok(entered) => entered,
+            Err(fault) => return Some(Err(told(fault))),
+        };
+        match self.advance() {
+            Ok(Progress::Pending) => None,
+            Ok(Progress::Done) => Some(Ok(std::mem::take(&mut self.ready))),
+            Err(fault) => Some(Err(told(self.give_up(fault)))),
+        }
+    }
+}
+
+impl Drop for Sums {
+    fn drop(&mut self) {
+        if self.lane.is_some() {
+            // The kernel may still read the memory and write its sums: both stay, as does the lane.
+            std::mem::forget(Arc::clone(&self.staging));
+        }
     }
 }
 
@@ -169,10 +274,7 @@ fn open(cuda: &Cuda) -> Result<Lane, Fault> {
         // SAFETY: `sums` was allocated with DEVICEMAP just now; the place is valid.
         let status = unsafe { (functions.cuMemHostGetDevicePointer)(&mut lane.mapped, sums, 0) };
         cuda.api.check("cuMemHostGetDevicePointer", status)?;
-        let flags = api::EVENT_DISABLE_TIMING | api::EVENT_BLOCKING_SYNC;
-        // SAFETY: the event is a valid place.
-        let status = unsafe { (functions.cuEventCreate)(&mut lane.event.0, flags) };
-        cuda.api.check("cuEventCreate", status)?;
+        lane.event = cuda.create_event()?;
         lane.stream = cuda.create_stream()?;
         Ok(())
     })();

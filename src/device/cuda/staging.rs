@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::Cuda;
 use super::api::Address;
-use super::hash::{Hasher, Run};
+use super::hash::{Hasher, Run, Sums};
 use crate::device::engine::{Driver, Fault};
-use crate::device::{DeviceStaging, HASH_BYTES_MIN, HashRun};
+use crate::device::{DeviceStaging, HASH_BYTES_MIN, HashRun, Hashing, Wake};
 use crate::error::{Error, ErrorKind, Result};
 
 /// cuFile and the GPU's windows on the bus deal in pages of this size; the driver gives large allocations at
@@ -15,9 +15,9 @@ const GPU_PAGE: usize = 64 << 10;
 /// The driver gives memory in pieces of this size anyway.
 const GRANULE: usize = 2 << 20;
 
-struct CudaStaging {
-    cuda: Arc<Cuda>,
-    hasher: Hasher,
+pub(super) struct CudaStaging {
+    pub(super) cuda: Arc<Cuda>,
+    pub(super) hasher: Hasher,
     base: Address,
     bytes: usize,
 }
@@ -42,7 +42,7 @@ pub(super) fn allocate(cuda: &Arc<Cuda>, bytes: usize) -> Result<Arc<dyn DeviceS
     Ok(Arc::new(staging))
 }
 
-fn told(fault: Fault) -> Error {
+pub(super) fn told(fault: Fault) -> Error {
     fault.error
 }
 
@@ -86,14 +86,12 @@ impl DeviceStaging for CudaStaging {
         Ok(())
     }
 
-    fn hash(&self, runs: &[HashRun]) -> Result<Vec<u64>> {
-        if runs.is_empty() {
-            return Ok(Vec::new());
-        }
+    fn hash(self: Arc<Self>, runs: &[HashRun], wake: &Wake) -> Result<Box<dyn Hashing>> {
         let runs = runs.iter().map(|run| self.run(run)).collect::<Result<Vec<_>>>()?;
         let _entered = self.cuda.enter().map_err(told)?;
-        // SAFETY: the runs were checked to lie in our allocation, which `self` keeps, and to suit the kernel.
-        unsafe { self.hasher.sums(&self.cuda, &runs) }.map_err(told)
+        // SAFETY: the runs were checked to lie in our allocation, which the sums keep, and to suit the kernel.
+        let sums = unsafe { Sums::begin(Arc::clone(&self), runs, wake) }.map_err(told)?;
+        Ok(Box::new(sums))
     }
 
     fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
