@@ -42,6 +42,8 @@ pub fn pairs_in<'a>(directory: &'a str, extra: &[(&'a str, &'a str)]) -> Vec<(&'
         ("block_size", "65536"),
         ("segment_size_mb", "8"),
         ("lookup_refresh_ms", "20"),
+        // What other tests hold in DRAM is nobody's business here.
+        ("unique_id", directory),
     ];
     pairs.retain(|(key, _)| !extra.iter().any(|(other, _)| key == other));
     pairs.extend(extra);
