@@ -3,7 +3,8 @@
 //! Bytes that a drive has just written are in no cache, so the first pass over them costs as much as a copy
 //! does, and two passes cost it twice. Here one pass hashes and copies: each stripe is loaded once, from a line
 //! that was asked for well ahead, mixed into the hash, and stored where it goes, past the caches if so wished.
-//! Crates that hash do neither; the short inputs, where nothing of it matters, are left to one.
+//! Crates that hash do neither; the short inputs, where nothing of it matters, are left to one. So is everything
+//! where there is no AVX2: elsewhere the crate hashes with NEON or SSE2 a piece that a copy then finds in the cache.
 //!
 //! How many bytes there will be is told at the start: XXH3 treats the last stripe apart.
 

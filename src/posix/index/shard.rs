@@ -60,7 +60,7 @@ impl Shard {
         if version % 2 == 1 || !self.is_still(version) {
             return None;
         }
-        // SAFETY: the version was even and is the same still, so `replace` stored both together. The memory of
+        // SAFETY: the version was even and is the same still, so both are of one `change`. The memory of
         // all tables stays mapped as long as the index, which is borrowed for this call, and callers drop
         // the table before that borrow ends.
         let table = unsafe { Table::from_raw(NonNull::new(words)?, groups) };
