@@ -6,7 +6,6 @@
 //! io_uring costs a twentieth. Not inherited by forked children (MADV_DONTFORK), because a fork of
 //! registered memory copies it: seconds for 2 GiB.
 
-use std::fs;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
@@ -15,14 +14,14 @@ use crate::config::Facility;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::thread::quietly;
 
+use super::huge::{HUGE_PAGE, HugePages, transparent_within};
 use super::{limits, numa};
 
-/// Size of the huge pages that are asked for.
-pub const HUGE_PAGE: usize = 2 << 20;
 /// Threads that touch the pages before use: the kernel zeroes about 5 GiB/s on one.
 const PREFAULT_THREADS_MAX: usize = 4;
 /// Work of one thread at a time.
 const PREFAULT_CHUNK: usize = 64 << 20;
+/// The smallest base page there is: each is touched, at worst sixteen times.
 const SMALL_PAGE: usize = 4096;
 
 /// The pages an arena lies in.
@@ -124,7 +123,7 @@ impl Arena {
 
     /// From the reserved pool, whose pages no memory limit counts; `None` where it is too small.
     fn from_pool(length: usize, request: &ArenaRequest) -> Result<Option<Arena>> {
-        if pool_free() < length as u64 {
+        if HugePages::here().pool_free * (HUGE_PAGE as u64) < length as u64 {
             return Ok(None);
         }
         let flags =
@@ -150,7 +149,7 @@ impl Arena {
         arena.prefault().map_err(|errno| {
             Error::os("touching the arena (cache_buffer_capacity_gb)", None, None, errno)
         })?;
-        let huge = if advised { transparent_bytes(arena.base() as usize, length) } else { 0 };
+        let huge = if advised { transparent_within(arena.base() as usize, length) } else { 0 };
         if huge * 2 >= length as u64 {
             arena.pages = PageKind::Transparent;
         } else if request.huge_pages == Facility::Required {
@@ -287,45 +286,11 @@ fn mmap_aligned(length: usize) -> std::result::Result<NonNull<u8>, i32> {
     }
 }
 
-/// Bytes that the pool of 2 MiB pages can still give.
-fn pool_free() -> u64 {
-    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-    let number = |name: &str| -> u64 {
-        let text = fs::read_to_string(format!("{pool}/{name}")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
-    number("free_hugepages").saturating_sub(number("resv_hugepages")) * HUGE_PAGE as u64
-}
-
-/// Bytes of this range that really lie in transparent huge pages.
-fn transparent_bytes(base: usize, length: usize) -> u64 {
-    let maps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-    let mut inside = false;
-    let mut kib = 0;
-    for line in maps.lines() {
-        if let Some(range) = address_range(line) {
-            inside = range.0 < base + length && base < range.1;
-        } else if inside && let Some(rest) = line.strip_prefix("AnonHugePages:") {
-            let number = rest.split_whitespace().next();
-            kib += number.and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
-        }
-    }
-    kib * 1024
-}
-
-/// The addresses at the head of a mapping in smaps: `start-end perms ...`.
-fn address_range(line: &str) -> Option<(usize, usize)> {
-    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
-    Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
-}
-
 fn small_pages_note(length: usize, huge: u64) -> String {
     format!(
-        "huge_pages: {} of {} MiB of the arena lie in huge pages; transfers cost more CPU; reserve some \
-         (`sysctl vm.nr_hugepages={}`) or allow transparent ones \
-         (`echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`)",
+        "huge_pages: {} of {} MiB of the arena lie in huge pages; transfers cost more CPU; {}",
         huge >> 20,
         length >> 20,
-        length / HUGE_PAGE
+        HugePages::here().remedy(length as u64)
     )
 }

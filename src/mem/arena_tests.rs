@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::arena::{Arena, ArenaRequest, HUGE_PAGE, PageKind};
+use super::arena::{Arena, ArenaRequest, PageKind};
+use super::huge::HUGE_PAGE;
 use crate::config::Facility;
 use crate::error::ErrorKind;
 

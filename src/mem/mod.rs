@@ -1,6 +1,7 @@
 //! Memory: the arena, its NUMA placement, and its limits. Knows no blocks: slots are the cache's.
 
 pub mod arena;
+pub mod huge;
 pub mod limits;
 pub mod numa;
 pub mod runs;

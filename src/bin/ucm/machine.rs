@@ -3,23 +3,19 @@
 
 use std::path::Path;
 
+use ucm::mem::huge::{HUGE_PAGE, HugePages};
+
 use crate::doctor::Finding;
 use crate::show;
-
-/// Huge page size that is looked for.
-const HUGE_BYTES: u64 = 2 << 20;
 
 fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
-fn number(path: &str) -> Option<u64> {
-    read(path)?.parse().ok()
-}
-
 /// All findings about the machine.
 pub fn findings() -> Vec<Finding> {
-    let mut findings = vec![kernel(), memory(), memlock(), huge_pages(), open_files(), numa()];
+    let mut findings =
+        vec![kernel(), memory(), memlock(), huge_pages(&HugePages::here()), open_files(), numa()];
     findings.extend(devices());
     findings
 }
@@ -81,27 +77,30 @@ fn memlock() -> Finding {
     }
 }
 
-fn huge_pages() -> Finding {
-    let free = number("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or(0);
-    let transparent = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
-    if free > 0 {
-        let bytes = free * HUGE_BYTES;
-        return Finding::good(
-            "huge pages",
-            format!("{free} free in the pool ({})", show::size(bytes)),
-        );
+fn huge_pages(there: &HugePages) -> Finding {
+    let pool = there.pool_free * HUGE_PAGE as u64;
+    let transparent = show::size(there.transparent_bytes);
+    if pool > 0 {
+        let text = format!("{} free in the pool ({})", there.pool_free, show::size(pool));
+        return Finding::good("huge pages", text);
     }
-    if transparent.contains("[always]") || transparent.contains("[madvise]") {
+    let suitable = there.transparent_bytes == HUGE_PAGE as u64;
+    if there.transparent && suitable {
         return Finding::good(
             "huge pages",
-            format!("transparent ({transparent}); none in the pool"),
+            format!("transparent ones of {transparent}; none in the pool"),
         );
     }
     Finding::missing(
         "huge pages",
-        "neither transparent nor in the pool".into(),
-        "registering a GiB takes 35 ms instead of 2, and transfers of 1 MiB may be split in two",
-        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+        match there.transparent {
+            true => format!(
+                "none in the pool; transparent ones have {transparent}, which few arenas fill"
+            ),
+            false => "neither transparent nor in the pool".into(),
+        },
+        "with base pages of 4 KiB registering a GiB takes 35 ms instead of 2, and transfers of 1 MiB may be split in two",
+        &format!("for each GiB of cache_buffer_capacity_gb {}", there.remedy(1 << 30)),
     )
 }
 

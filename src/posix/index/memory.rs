@@ -13,12 +13,12 @@ use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use crate::mem::arena::HUGE_PAGE;
+use crate::mem::huge::HUGE_PAGE;
 
 /// Tables from this size on lie in huge pages: some 400,000 parts, of which one huge page more or less is a
 /// twelfth.
 const HUGE_FROM: usize = 64 << 10;
-/// What goes back to the system as a whole, of smaller tables.
+/// What goes back to the system as a whole, of smaller tables: no less than the largest base page of a kernel.
 const SMALL_BLOCK: usize = 64 << 10;
 /// Address space that is mapped at a time, for huge pages and for small ones: enough that mappings are few.
 const HUGE_REGION: usize = 16 << 20;
