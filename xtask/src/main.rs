@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod cross;
 mod demo;
 mod fakes;
 mod gpu;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{Outcome, cargo, demo, fakes};
+use crate::{Outcome, cargo, cross, demo, fakes};
 
 /// A tool that a check needs, how to see that it is there, and the Debian packages that bring it.
 struct Tool {
@@ -49,6 +49,28 @@ struct Row {
     outcome: Outcome,
 }
 
+impl Row {
+    fn state(&self) -> &'static str {
+        let Count { passed, failed, ignored } = self.count;
+        match self.outcome {
+            Err(_) => "FAILED",
+            Ok(()) if passed + failed == 0 && ignored > 0 => "skipped",
+            Ok(()) => "ok",
+        }
+    }
+
+    /// Its tests. A check without tests, or one that broke before it could count, is one.
+    fn tests(&self) -> Count {
+        let mut count = self.count;
+        match self.state() {
+            "FAILED" if count.failed == 0 => count.failed = 1,
+            "ok" if count.passed + count.failed == 0 => count.passed = 1,
+            _ => {}
+        }
+        count
+    }
+}
+
 /// Runs everything, failed checks or not, and fails if one has.
 pub fn run(root: &Path) -> Outcome {
     install_tools()?;
@@ -70,10 +92,15 @@ pub fn run(root: &Path) -> Outcome {
     check("clippy", &mut |_| {
         let mut clippy = cargo();
         clippy.args(["clippy", "--workspace", "--all-targets", "--quiet"]);
-        if is_own_toolchain(root)? {
-            clippy.args(["--", "-D", "warnings"]);
+        lint(root, &mut clippy)
+    });
+    check("clippy for aarch64", &mut |count| match cross::clippy() {
+        Ok(mut clippy) => lint(root, &mut clippy),
+        Err(reason) => {
+            println!("skipped: {reason}");
+            count.ignored += 1;
+            Ok(())
         }
-        follow(root, &mut clippy, &mut Count::default())
     });
     check("Rust, C and C++ tests", &mut |count| {
         follow(root, cargo().args(["test", "--workspace", "--no-fail-fast"]), count)
@@ -91,6 +118,14 @@ pub fn run(root: &Path) -> Outcome {
         }
     }
     summarize(&rows, start.elapsed())
+}
+
+/// Runs clippy; its warnings fail where the compiler is the one that the code is kept clean for.
+fn lint(root: &Path, clippy: &mut Command) -> Outcome {
+    if is_own_toolchain(root)? {
+        clippy.args(["--", "-D", "warnings"]);
+    }
+    follow(root, clippy, &mut Count::default())
 }
 
 /// Whether the compiler is of the release that the code is kept clean for. Newer ones warn of more with every
@@ -171,18 +206,16 @@ fn summarize(rows: &[Row], took: Duration) -> Outcome {
     println!("\n==== summary");
     let mut total = Count::default();
     for row in rows {
-        let state = if row.outcome.is_ok() { "ok" } else { "FAILED" };
         let Count { passed, failed, ignored } = row.count;
         let tests = match passed + failed + ignored {
             0 => String::new(),
             _ => format!("{passed} passed, {failed} failed, {ignored} ignored"),
         };
-        println!("{:24} {state:6} {:6.0} s  {tests}", row.name, row.took.as_secs_f64());
-        // A check without tests, or one that broke before it could count, is one.
-        let uncounted = passed + failed == 0 || (row.outcome.is_err() && failed == 0);
-        total.passed += passed + u64::from(uncounted && row.outcome.is_ok());
-        total.failed += failed + u64::from(uncounted && row.outcome.is_err());
-        total.ignored += ignored;
+        println!("{:24} {:7} {:6.0} s  {tests}", row.name, row.state(), row.took.as_secs_f64());
+        let counted = row.tests();
+        total.passed += counted.passed;
+        total.failed += counted.failed;
+        total.ignored += counted.ignored;
     }
     let failed = rows.iter().filter(|row| row.outcome.is_err()).count();
     println!(
@@ -219,17 +252,19 @@ fn install_tools() -> Outcome {
         missing.iter().map(|tool| tool.packages).filter(|name| !name.is_empty()).collect();
     packages.dedup();
     if !packages.is_empty() {
-        let sudo = if is_there(&["sudo", "-n", "true"]) { "sudo " } else { "" };
-        let install =
-            format!("apt-get install --yes --no-install-recommends {}", packages.join(" "));
-        shell(&format!(
-            "{sudo}apt-get update && {sudo}env DEBIAN_FRONTEND=noninteractive {install}"
-        ))?;
+        shell(&install_line(&packages.join(" ")))?;
     }
     match missing.iter().find(|tool| !is_there(tool.probe)) {
         Some(tool) => Err(format!("still missing: {}", tool.probe.join(" "))),
         None => Ok(()),
     }
+}
+
+/// What installs Debian packages, as root or through sudo.
+pub fn install_line(packages: &str) -> String {
+    let sudo = if is_there(&["sudo", "-n", "true"]) { "sudo " } else { "" };
+    let install = format!("apt-get install --yes --no-install-recommends {packages}");
+    format!("{sudo}apt-get update && {sudo}env DEBIAN_FRONTEND=noninteractive {install}")
 }
 
 fn shell(line: &str) -> Outcome {
@@ -259,5 +294,22 @@ mod tests {
             count.add(line);
         }
         assert_eq!((count.passed, count.failed, count.ignored), (39, 4, 3));
+    }
+
+    // Goal: what was skipped counts as ignored, never as passed; what broke before its first test has failed.
+    #[test]
+    fn a_skipped_check_has_not_passed() {
+        let row = |passed, failed, ignored, outcome| {
+            let count = Count { passed, failed, ignored };
+            let row = Row { name: "a check", count, took: Duration::ZERO, outcome };
+            let Count { passed, failed, ignored } = row.tests();
+            (row.state(), passed, failed, ignored)
+        };
+        let broken = || Err("it broke".to_owned());
+        assert_eq!(row(0, 0, 1, Ok(())), ("skipped", 0, 0, 1));
+        assert_eq!(row(0, 0, 0, Ok(())), ("ok", 1, 0, 0));
+        assert_eq!(row(7, 0, 2, Ok(())), ("ok", 7, 0, 2));
+        assert_eq!(row(7, 0, 2, broken()), ("FAILED", 7, 1, 2));
+        assert_eq!(row(7, 3, 0, broken()), ("FAILED", 7, 3, 0));
     }
 }
