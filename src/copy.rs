@@ -139,7 +139,7 @@ impl Job {
     /// Does what the CPU is to do; returns what is left.
     fn compute(self) -> Vec<Job> {
         match self {
-            Job::Copy(_) => vec![self],
+            Job::Copy(_) | Job::Hash(_) => vec![self],
             Job::Compute(_, _, work) => work(),
         }
     }
