@@ -262,7 +262,7 @@ fn open_on(device: Slow, extra: &[(&str, &str)]) -> Arc<Store> {
 #[test]
 fn a_slow_device_writes_nothing_after_released() {
     let (store, _) = open_slow(Duration::from_millis(300), &[("stream_number", "1")]);
-    save_blocks(&store, &[5, 6], BLOCK);
+    save_blocks_anywhere(&store, &[5, 6], BLOCK);
     let mut pages = Pages::new(2, BLOCK);
     let addresses = [pages.address(0, 0), pages.address(1, 0)];
     let ids = [id(5), id(6)];

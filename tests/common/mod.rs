@@ -268,6 +268,12 @@ pub fn failure(task: &Task, stage: Stage) -> ErrorKind {
 
 /// Saves whole blocks one after another from a fresh memory, and waits for PERSISTED.
 pub fn save_blocks(store: &Store, numbers: &[u64], block: usize) {
+    save_blocks_anywhere(store, numbers, block);
+    assert_device_is_used();
+}
+
+/// The same, through a device that the test brings itself.
+pub fn save_blocks_anywhere(store: &Store, numbers: &[u64], block: usize) {
     let mut pages = Pages::new(numbers.len(), block);
     let ids: Vec<_> = numbers.iter().map(|number| id(*number)).collect();
     let addresses: Vec<_> = (0..numbers.len()).map(|index| pages.address(index, 0)).collect();
@@ -277,7 +283,6 @@ pub fn save_blocks(store: &Store, numbers: &[u64], block: usize) {
     let task = save(store, &ids, None, &addresses).unwrap();
     done(&task, Stage::Persisted);
     done(&task, Stage::Released);
-    assert_device_is_used();
 }
 
 /// Loads whole blocks and checks every byte; returns the failures by number.
