@@ -8,7 +8,8 @@
 //! in its cache.
 //!
 //! A reactor hands what it has read to the workers, except where that costs more than it gains: with the host
-//! device it does small jobs itself, and large ones while it is well ahead of the drive ([`CopyPool::read`]).
+//! device it does small jobs itself, and of larger ones two each time it looks ([`CopyPool::read`]). Nor does a caller
+//! hand over what is small as a whole ([`CopyPool::submit`]).
 
 mod hashing;
 
@@ -263,7 +264,7 @@ impl CopyPool {
     }
 
     /// The job that follows a read, from the reactor that read: done by itself, with what follows, if it is small
-    /// or comes nearly alone; otherwise queued with the others of its batch.
+    /// or among the first of its batch; otherwise queued.
     pub(crate) fn read(&self, job: Job, size: Size) {
         match size {
             Size::Small => return self.run_here(vec![job]),
