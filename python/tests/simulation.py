@@ -31,6 +31,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from ucm.integration.vllm import geometry, stores, worker
 from ucm.integration.vllm.batches import Batches
 from ucm.integration.vllm.rank import Rank
+from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.streams import ComputeStream
 from ucm.integration.vllm.ucm_connector import UCMConnector
 
@@ -148,6 +149,8 @@ class Simulation:
         self.results: dict[str, Result] = {}
         self.reports: list[Any] = []
         self.preemptions = 0
+        self.counted = UcmStats()
+        """The statistics that vLLM would publish."""
 
     # -- the engine's loop ----------------------------------------------------------------------
 
@@ -167,6 +170,9 @@ class Simulation:
         """Gives the oldest output to the scheduler."""
         output, result = self.pending.popleft()
         for produced in self.scheduler.update_from_output(output, result).values():
+            stats = getattr(produced.scheduler_stats, "kv_connector_stats", None)
+            if produced.outputs and stats:  # vLLM's offline engine drops those of other steps
+                self.counted.aggregate(UcmStats(stats))
             for one in produced.outputs:
                 entry = self.results[one.request_id]
                 entry.tokens += one.new_token_ids

@@ -22,9 +22,8 @@ from vllm.engine.arg_utils import EngineArgs
 from ucm.errors import Status
 from ucm.integration.vllm.metadata import (
     CAN_FAIL_REQUESTS,
-    REPORTS_IN_STATS,
     WorkerReport,
-    report_of,
+    carrier_of,
 )
 from ucm.integration.vllm.scheduler import logger
 from ucm.integration.vllm.stats import UcmStats
@@ -706,10 +705,24 @@ def test_reports_within_statistics(several: bool) -> None:
     assert stats.data == {"saves": 3, "steps": 1}
     assert stats.report == WorkerReport(2, 4, {1: 4}, {"r": 1})
     named = SimpleNamespace(data={"Other": UcmStats({"x": 1}), "UCMConnector": stats}) if several else stats
-    output = SimpleNamespace(kv_connector_stats=named, kv_connector_worker_meta=stats.report)
-    assert report_of(output) is stats.report
-    if REPORTS_IN_STATS:
-        assert report_of(SimpleNamespace(kv_connector_stats=None)) is None
+    assert carrier_of(SimpleNamespace(kv_connector_stats=named)) is stats
+    assert carrier_of(SimpleNamespace(kv_connector_stats=None)) is None
+
+
+@pytest.mark.parametrize(("asynchronous", "depth"), [*MODES, (False, 2)])
+def test_an_empty_step_under_way_lost_the_schedulers_counters(
+    model: str, asynchronous: bool, depth: int
+) -> None:
+    """Two pipeline stages: while a step is computed another is under way, which computes nothing. What the
+    scheduler side counts arrives all the same, with a step that has output."""
+    sim = Simulation(vllm_config(model), World(), asynchronous=asynchronous)
+    asked = {f"r{i}": [i] * (3 * BLOCK + 3) for i in range(3)}
+    for name, prompt in asked.items():
+        sim.add(name, prompt)
+    sim.run(depth=depth)
+    check(sim, asked)
+    assert sim.counted.data["queried_tokens"] == sum(map(len, asked.values()))
+    assert sim.counted.data["saved_blocks"] >= 9
 
 
 def test_asking_again_is_cheap(model: str) -> None:

@@ -112,12 +112,9 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
         )
 
 
-def report_of(output: Any) -> WorkerReport | None:
-    """The report in what the scheduler side hears of a step."""
-    if not REPORTS_IN_STATS:
-        report: WorkerReport | None = output.kv_connector_worker_meta
-        return report
+def carrier_of(output: Any) -> Any:
+    """The statistics that carry the report, in what the scheduler side hears of a step; None: none do."""
     stats = output.kv_connector_stats
     # Of a MultiConnector these are the statistics of all its connectors by name.
     every = (stats, *stats.data.values()) if stats is not None else ()
-    return next((one.report for one in every if getattr(one, "report", None) is not None), None)
+    return next((one for one in every if getattr(one, "report", None) is not None), None)

@@ -21,7 +21,7 @@ from ucm.integration.vllm.geometry import NULL_BLOCK
 from ucm.integration.vllm.groups import GroupShape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.holds import Holds
-from ucm.integration.vllm.metadata import REPORTS_IN_STATS, StepMetadata, Transfer, report_of
+from ucm.integration.vllm.metadata import REPORTS_IN_STATS, StepMetadata, Transfer, WorkerReport, carrier_of
 from ucm.integration.vllm.namespace import Namespace
 from ucm.integration.vllm.pins import Pins
 from ucm.integration.vllm.request_state import RequestState
@@ -310,9 +310,7 @@ class SchedulerSide:
         step, self._step = self._step, StepMetadata(number=self._step.number + 1)
         step.computes = scheduler_output.total_num_scheduled_tokens > 0
         self.stats.add("steps", step.computes)
-        if REPORTS_IN_STATS:  # which vLLM asks for before it hands over the report of the step
-            self._computes = step.computes
-        elif not step.computes:
+        if not step.computes:
             self._empty_steps.add(step.number)
         if any(load.hold for load in step.loads):
             self._doubtful_step = step.number
@@ -399,18 +397,24 @@ class SchedulerSide:
 
     def worker_output(self, output: Any) -> None:
         """The workers' report of a step."""
-        report = report_of(output)
+        report: WorkerReport | None
+        if REPORTS_IN_STATS:
+            carrier = carrier_of(output)
+            report = carrier.report if carrier is not None else None
+        else:
+            report = getattr(output, "kv_connector_worker_meta", None)
         if report is not None:
             self._copied_step, self._seen_step = report.copied_step, report.step
-            if not REPORTS_IN_STATS:
-                self._computes = report.step not in self._empty_steps
-                self._empty_steps = {step for step in self._empty_steps if step > report.step}
+            self._computes = report.step not in self._empty_steps
+            self._empty_steps = {step for step in self._empty_steps if step > report.step}
             self._holds.answered(report.holds)
             self._pins.release(report.copied_step)
             for request_id, good in report.failed.items():
                 failed = self._requests.get(request_id)
                 if failed is not None:
                     failed.cap_at(failed.load_first + good)
+            if REPORTS_IN_STATS and (stats := self.take_stats()) is not None:
+                carrier.aggregate(stats)  # vLLM has asked for them before it said what the step was
         invalid = output.invalid_block_ids or ()
         if invalid:
             for state in self._requests.values():

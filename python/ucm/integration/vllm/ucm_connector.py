@@ -337,7 +337,8 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> UcmStats | None:
         if self._scheduler is not None:
-            return self._scheduler.take_stats()
+            # Where workers report within theirs, the scheduler side adds its own to those.
+            return None if REPORTS_IN_STATS else self._scheduler.take_stats()
         if self._worker is None:
             return None
         stats = self._worker.take_stats()
