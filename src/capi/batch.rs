@@ -164,7 +164,8 @@ unsafe fn submit(
 
 /// Saves shards of blocks: starts copying them out of the caller's memory and on to storage.
 ///
-/// Does not block. Blocks that are present already cost no I/O. A part is published when all its shards
+/// Does not block; a batch of host memory of at most 128 KiB in all may be copied before the call returns.
+/// Blocks that are present already cost no I/O. A part is published when all its shards
 /// are in, whichever tasks and threads bring them. The arrays are copied before the call returns. The
 /// memory they point at must stay valid and unchanged until stage COPIED is reached without error, or
 /// until RELEASED. Exactly one task is made when the answer is UCM_STATUS_OK, else none.
