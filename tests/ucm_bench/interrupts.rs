@@ -11,8 +11,8 @@ fn ctrl_c_prints_what_a_run_has() {
     let endless = ["--name=endless", "--rw=randload", "--time-based", "--runtime=1h"];
     let format = ["--output-format=json"];
     let mut running = bench.start(&[&[directory.as_str()][..], &SMALL, &format, &endless].concat());
-    running.until("endless: ");
-    running.until("blocks/s");
+    // A line of the layout before it says so after the first blank.
+    running.until("endless:  ");
     assert_eq!(bench.entries().len(), 1, "a folder of its own");
     let root = running.interrupt().json();
     assert_eq!(root["interrupted"], true);
@@ -75,7 +75,7 @@ fn ctrl_c_keeps_the_rounds_beside() {
     }
     let directory = format!("--directory={}", bench.path().display());
     let arguments = ["compare", "beside", &directory, "--bs=64k", "--size=2m", "--rounds=100000"];
-    let settings = ["--segment-size-mb=8", "--runtime=30ms", "--output-format=json"];
+    let settings = ["--segment-size-mb=8", "--runtime=300ms", "--output-format=json"];
     let mut running = bench.start(&[&arguments[..], &settings].concat());
     running.until("beside: round 2 of");
     let root = running.interrupt().json();
@@ -113,7 +113,7 @@ fn ctrl_c_did_not_end_a_replay_that_had_all_its_requests() {
         ["trace", "replay", trace.to_str().unwrap(), &directory, "--output-format=json"];
     let slow = ["--numjobs=1", "--bs=64k", "--segment-size-mb=8", "--prefill-rate=0.1"];
     let mut running = bench.start(&[&arguments[..], &slow].concat());
-    running.until("blocks/s");
+    running.until_times("blocks/s", 4);
     let root = running.interrupt().json();
     assert_eq!(root["interrupted"], true);
     // The first misses everything, so nothing holds it up before its answer is computed.

@@ -3,8 +3,10 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -57,7 +59,10 @@ impl Bench {
 
     /// Runs it.
     pub fn run(&self, arguments: &[&str]) -> Answer {
-        Answer::of(self.command(arguments).output().unwrap())
+        let mut command = self.command(arguments);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let _limit = Limit::of(&child);
+        Answer::of(child.wait_with_output().unwrap())
     }
 
     /// Runs it on the directory with a small data set.
@@ -81,7 +86,8 @@ impl Bench {
         command.arg("--eta=always").stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let progress = BufReader::new(child.stderr.take().unwrap());
-        Running { child, progress, seen: String::new() }
+        let limit = Limit::of(&child);
+        Running { child: Some(child), progress, seen: String::new(), _limit: limit }
     }
 
     /// What lies in the directory.
@@ -114,17 +120,50 @@ impl Answer {
     }
 }
 
-/// The program at work.
+/// Kills a program that is still there when all patience is over.
+struct Limit {
+    _over: Sender<()>,
+}
+
+impl Limit {
+    fn of(child: &Child) -> Self {
+        let process = Pid::from_child(child);
+        let (over, is_over) = channel::<()>();
+        std::thread::spawn(move || {
+            if is_over.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                let _ = kill_process(process, Signal::KILL);
+            }
+        });
+        Self { _over: over }
+    }
+}
+
+/// The program at work. Ends with the test.
 pub struct Running {
-    child: Child,
+    child: Option<Child>,
     progress: BufReader<ChildStderr>,
     seen: String,
+    _limit: Limit,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 impl Running {
     /// Waits until its progress shows `word`. Lines end with a line feed, or begin again with a carriage return.
     pub fn until(&mut self, word: &str) {
-        while !self.seen.contains(word) {
+        self.until_times(word, 1);
+    }
+
+    /// The same, `times` times.
+    pub fn until_times(&mut self, word: &str, times: usize) {
+        while self.seen.matches(word).count() < times {
             let bytes = self.progress.fill_buf().unwrap();
             assert!(!bytes.is_empty(), "it ended without `{word}`:\n{}", self.seen);
             self.seen += &String::from_utf8_lossy(bytes);
@@ -135,20 +174,11 @@ impl Running {
 
     /// Presses Ctrl-C and waits for the end.
     pub fn interrupt(mut self) -> Answer {
-        let process = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(process, rustix::process::Signal::INT).unwrap();
-        let begin = Instant::now();
-        while self.child.try_wait().unwrap().is_none() {
-            if begin.elapsed() > PATIENCE {
-                self.child.kill().unwrap();
-                panic!("Ctrl-C did not end it; its progress:\n{}", self.seen);
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        // What is still to come fits into the pipe, so the program did not wait for this.
+        let child = self.child.take().unwrap();
+        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
         self.progress.read_to_string(&mut self.seen).unwrap();
-        let mut answer = Answer::of(self.child.wait_with_output().unwrap());
-        answer.complaint = self.seen;
+        let mut answer = Answer::of(child.wait_with_output().unwrap());
+        answer.complaint = std::mem::take(&mut self.seen);
         answer
     }
 }
