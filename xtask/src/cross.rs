@@ -22,6 +22,8 @@ pub fn clippy() -> Result<Command, String> {
     get("the standard library of the target", has_std, &format!("rustup target add {TARGET}"))?;
     get("a C compiler for the target", has_compiler, &suite::install_line(PACKAGES))?;
     let mut clippy = cargo();
+    // Before a plain `CC`, which names the compiler of this machine.
+    clippy.env(format!("CC_{}", TARGET.replace('-', "_")), COMPILER);
     clippy.args(["clippy", "--target", TARGET, "--package", "ucm", "--lib", "--bins", "--quiet"]);
     Ok(clippy)
 }
