@@ -698,15 +698,16 @@ def test_held_blocks_of_aborted_requests_are_released(
 @pytest.mark.parametrize("several", [False, True])
 def test_reports_within_statistics(several: bool) -> None:
     """Where the workers' report travels with their statistics, that of all ranks arrives, whatever else is
-    added up, also from among the statistics of several connectors; and vLLM publishes none of it."""
-    stats = UcmStats({"saves": 1}, WorkerReport(3, 4, {1: 5, 2: 3}))
-    stats.aggregate(UcmStats({"saves": 2}, WorkerReport(2, 4, {1: 4, 3: 1}, {"r": 1})))
+    added up, also from among the statistics of several connectors; and no report of another connector."""
+    stats = UcmStats({"saves": 1}, WorkerReport(3, 4, {1: 5, 2: 3}, connector="mine"))
+    stats.aggregate(UcmStats({"saves": 2}, WorkerReport(2, 4, {1: 4, 3: 1}, {"r": 1}, "mine")))
     stats.aggregate(UcmStats({"steps": 1}))  # the scheduler side's
     assert stats.data == {"saves": 3, "steps": 1}
-    assert stats.report == WorkerReport(2, 4, {1: 4}, {"r": 1})
+    assert stats.report == WorkerReport(2, 4, {1: 4}, {"r": 1}, "mine")
     named = SimpleNamespace(data={"Other": UcmStats({"x": 1}), "UCMConnector": stats}) if several else stats
-    assert carrier_of(SimpleNamespace(kv_connector_stats=named)) is stats
-    assert carrier_of(SimpleNamespace(kv_connector_stats=None)) is None
+    assert carrier_of(SimpleNamespace(kv_connector_stats=named), "mine") is stats
+    assert carrier_of(SimpleNamespace(kv_connector_stats=named), "another's") is None
+    assert carrier_of(SimpleNamespace(kv_connector_stats=None), "mine") is None
 
 
 @pytest.mark.parametrize(("asynchronous", "depth"), [*MODES, (False, 2)])

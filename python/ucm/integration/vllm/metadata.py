@@ -97,6 +97,8 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
     failed: dict[str, int] = field(default_factory=dict)
     """Of each request whose load failed, where block numbers do not say it, how many blocks from its first
     are good."""
+    connector: str = ""
+    """Of which connector they are the workers: beside another one statistics go by the name of the class."""
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """The report of several ranks: the slowest counts, and the one that holds least."""
@@ -109,12 +111,17 @@ class WorkerReport(WorkerMetadataBase):  # type: ignore[misc]
                 request: min(report.failed[request] for report in (self, other) if request in report.failed)
                 for request in self.failed.keys() | other.failed.keys()
             },
+            self.connector,
         )
 
 
-def carrier_of(output: Any) -> Any:
-    """The statistics that carry the report, in what the scheduler side hears of a step; None: none do."""
+def carrier_of(output: Any, connector: str) -> Any:
+    """The statistics that carry a connector's report in what its side hears of a step, if any do."""
     stats = output.kv_connector_stats
-    # Of a MultiConnector these are the statistics of all its connectors by name.
+    # Of a MultiConnector these are the statistics of all its connectors by the names of their classes: of two
+    # alike those of the last. The other then hears nothing, and waits for what vLLM itself is told.
     every = (stats, *stats.data.values()) if stats is not None else ()
-    return next((one for one in every if getattr(one, "report", None) is not None), None)
+    reports = ((one, getattr(one, "report", None)) for one in every)
+    return next(
+        (one for one, report in reports if report is not None and report.connector == connector), None
+    )

@@ -21,7 +21,7 @@ from ucm.integration.vllm.geometry import NULL_BLOCK
 from ucm.integration.vllm.groups import GroupShape
 from ucm.integration.vllm.hashing import AdapterDigests, RequestExtras
 from ucm.integration.vllm.holds import Holds
-from ucm.integration.vllm.metadata import REPORTS_IN_STATS, StepMetadata, Transfer, WorkerReport, carrier_of
+from ucm.integration.vllm.metadata import StepMetadata, Transfer, WorkerReport
 from ucm.integration.vllm.namespace import Namespace
 from ucm.integration.vllm.pins import Pins
 from ucm.integration.vllm.request_state import RequestState
@@ -395,14 +395,8 @@ class SchedulerSide:
 
     # -- the end of requests --------------------------------------------------------------------
 
-    def worker_output(self, output: Any) -> None:
-        """The workers' report of a step."""
-        report: WorkerReport | None
-        if REPORTS_IN_STATS:
-            carrier = carrier_of(output)
-            report = carrier.report if carrier is not None else None
-        else:
-            report = getattr(output, "kv_connector_worker_meta", None)
+    def worker_output(self, output: Any, report: WorkerReport | None) -> None:
+        """What vLLM heard from the workers in a step, and their own report, if there is one."""
         if report is not None:
             self._copied_step, self._seen_step = report.copied_step, report.step
             self._computes = report.step not in self._empty_steps
@@ -413,8 +407,6 @@ class SchedulerSide:
                 failed = self._requests.get(request_id)
                 if failed is not None:
                     failed.cap_at(failed.load_first + good)
-            if REPORTS_IN_STATS and (stats := self.take_stats()) is not None:
-                carrier.aggregate(stats)  # vLLM has asked for them before it said what the step was
         invalid = output.invalid_block_ids or ()
         if invalid:
             for state in self._requests.values():

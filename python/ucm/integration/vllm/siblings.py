@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ucm.errors import UcmError
 from ucm.store import BlockIds
 
 OWN: Final = 0
@@ -60,7 +59,7 @@ class Siblings:
     def _add(self, source: int, order: str) -> None:
         try:
             store = self._open(order)
-        except UcmError as error:
+        except Exception as error:  # of one order, which does not keep the others from being looked for
             logger.warning("blocks saved in byte order %s cannot be looked up: %s", order, error)
             return
         with self._lock:
@@ -77,7 +76,11 @@ class Siblings:
             return
         if time.monotonic() - self._searched >= RESCAN_S:
             self._searching = True
-            threading.Thread(target=self._search, name="ucm-siblings", daemon=True).start()
+            try:
+                threading.Thread(target=self._search, name="ucm-siblings", daemon=True).start()
+            except RuntimeError as error:  # the host has no thread left: the next lookup tries again
+                self._searching = False
+                logger.warning("blocks in other byte orders are not looked for: %s", error)
 
     def _exists(self, order: str) -> bool:
         try:

@@ -59,7 +59,7 @@ class UcmStats(KVConnectorStats):
 
     data: dict[str, Any] = field(default_factory=dict)
     report: Any = None
-    """The workers' report, where nothing else carries it; vLLM publishes ``data`` alone."""
+    """The workers' report, where nothing else carries it. No counter: nothing of it is published."""
 
     def add(self, name: str, amount: float = 1) -> None:
         """Counts."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import hashlib
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from ucm.integration.vllm.metadata import (
     Groups,
     StepMetadata,
     TransferResults,
+    carrier_of,
 )
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 
@@ -51,6 +54,12 @@ def _rank(vllm_config: Any, index: int, stage: int = 0) -> Rank:
     )
 
 
+def _name(transfer: Any) -> str:
+    """Tells this connector from another of this class in the same server; the same in all its processes."""
+    settings = json.dumps([transfer.kv_role, transfer.kv_connector_extra_config], sort_keys=True, default=str)
+    return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+
+
 def _set_failure_policy(vllm_config: Any, config: ConnectorConfig) -> None:
     transfer = vllm_config.kv_transfer_config
     if config.strict_load_failure:
@@ -75,6 +84,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         self._config = dataclasses.replace(
             load_config(transfer.kv_connector_extra_config), instance=str(transfer.engine_id or "")
         )
+        self._name = _name(transfer)
         self._shape = group_shape(kv_cache_config, can_fail_requests=CAN_FAIL_REQUESTS)
         self._namespace: Namespace = find_namespace(vllm_config, self._config, self._shape.block_tokens)
         self._scheduler: SchedulerSide | None = None
@@ -310,8 +320,15 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
+        carrier: UcmStats | None = None
+        report = getattr(connector_output, "kv_connector_worker_meta", None)
+        if REPORTS_IN_STATS:
+            carrier = carrier_of(connector_output, self._name)
+            report = carrier.report if carrier is not None else None
         with self._scheduler.stats.timed("scheduler_seconds"):
-            self._scheduler.worker_output(connector_output)
+            self._scheduler.worker_output(connector_output, report)
+        if carrier is not None and (stats := self._scheduler.take_stats()) is not None:
+            carrier.aggregate(stats)  # vLLM has asked for them before it said what the step was
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
@@ -344,7 +361,7 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         stats = self._worker.take_stats()
         if REPORTS_IN_STATS:
             stats = stats or UcmStats()
-            stats.report = self._worker.report()
+            stats.report = dataclasses.replace(self._worker.report(), connector=self._name)
         return stats
 
     @classmethod
