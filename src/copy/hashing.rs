@@ -8,13 +8,11 @@
 use std::sync::Arc;
 
 use super::{Job, Urgency};
-use crate::device::{DeviceStaging, HashRun, Hashing, Wake};
+use crate::device::{DeviceStaging, HASH_RUNS_TOGETHER, HashRun, Hashing, Wake};
 use crate::error::Result;
 
 /// Requests of a worker that its device has.
 const REQUESTS_MAX: usize = 2;
-/// Checksums of a request: what the device computes with one launch.
-const REQUEST_SUMS: usize = 160;
 
 /// What is done with checksums, or with the reason why there are none.
 pub(crate) type Then = Box<dyn FnOnce(Result<Vec<u64>>) -> Vec<Job> + Send>;
@@ -71,7 +69,7 @@ impl Hashes {
         self.waiting.sort_by_key(|hash| hash.urgency != Urgency::Load);
         let mut sums = 0;
         let fitting = self.waiting.iter().take_while(|hash| {
-            let fits = sums == 0 || sums + hash.runs.len() <= REQUEST_SUMS;
+            let fits = sums == 0 || sums + hash.runs.len() <= HASH_RUNS_TOGETHER;
             sums += hash.runs.len();
             fits
         });
@@ -149,7 +147,7 @@ mod tests {
         let memory: Arc<dyn DeviceStaging> = Arc::new(Device(requests));
         let mut hashes = Hashes::default();
         for (urgency, count) in
-            [(Urgency::Save, REQUEST_SUMS), (Urgency::Save, 90), (Urgency::Load, 1)]
+            [(Urgency::Save, HASH_RUNS_TOGETHER), (Urgency::Save, 90), (Urgency::Load, 1)]
         {
             let seed = count as u64;
             let answer = answer.clone();
@@ -169,7 +167,7 @@ mod tests {
             assert!(hashes.advance(&wake).is_empty());
         }
         // Two at a time, each of what one launch computes, unless it is one save's.
-        assert_eq!(requested.try_iter().collect::<Vec<_>>(), [1, REQUEST_SUMS, 90]);
-        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [1, REQUEST_SUMS, 90]);
+        assert_eq!(requested.try_iter().collect::<Vec<_>>(), [1, HASH_RUNS_TOGETHER, 90]);
+        assert_eq!(answers.try_iter().collect::<Vec<_>>(), [1, HASH_RUNS_TOGETHER, 90]);
     }
 }

@@ -13,7 +13,9 @@ mod open;
 mod staging;
 
 pub use open::open;
-pub use staging::{DeviceStaging, HASH_BEAT, HASH_BYTES_MIN, HashRun, Hashing, hash_and_wait};
+pub use staging::{
+    DeviceStaging, HASH_BEAT, HASH_BYTES_MIN, HASH_RUNS_TOGETHER, HashRun, Hashing, hash_and_wait,
+};
 
 use std::any::Any;
 use std::ffi::c_void;

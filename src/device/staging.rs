@@ -26,6 +26,9 @@ pub struct HashRun {
 /// XXH3 has another form for shorter inputs, which devices do not compute: parts are whole pages.
 pub const HASH_BYTES_MIN: u64 = 241;
 
+/// Checksums that a device computes with one launch.
+pub const HASH_RUNS_TOGETHER: usize = 160;
+
 /// One allocation of device memory. Freed when it is dropped.
 pub trait DeviceStaging: Send + Sync {
     /// Address of the first byte, for copies of the device and for the drive; no CPU may touch it.

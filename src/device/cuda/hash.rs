@@ -13,7 +13,7 @@ use super::Cuda;
 use super::api::Address;
 use super::staging::{CudaStaging, told};
 use crate::device::engine::{ContextState, Driver, Event, Fault, Progress, Stream};
-use crate::device::{Hashing, Wake};
+use crate::device::{HASH_RUNS_TOGETHER, Hashing, Wake};
 use crate::error::{Error, ErrorKind};
 
 /// The translation of `hash.cu`.
@@ -22,7 +22,7 @@ const PTX: &str = include_str!("hash.ptx");
 /// Threads of a thread block, each of which takes one run.
 const THREADS: c_uint = 288;
 /// Runs of one launch.
-const RUNS_MAX: usize = 160;
+const RUNS_MAX: usize = HASH_RUNS_TOGETHER;
 
 /// A run of device memory: address, bytes, seed.
 #[repr(C)]
