@@ -280,6 +280,13 @@ def prefilled(model: str, world: World, prompt: list[int], **mode: Any) -> dict[
     return params
 
 
+def hide(world: World) -> dict[Any, bytes]:
+    """Takes all blocks out of the store; gives them, to be published later."""
+    hidden = dict(world.blocks)
+    world.blocks.clear()
+    return hidden
+
+
 def waiting(sim: Simulation, depth: int, steps: int = 20) -> None:
     """Steps, with ``depth`` outputs in flight, in which nothing may come of request ``d``."""
     for _ in range(steps):
@@ -296,8 +303,7 @@ def test_handoff_waits_until_published(model: str, asynchronous: bool, depth: in
     world = World()
     prompt = list(range(4 * BLOCK + 3))
     params = prefilled(model, world, prompt, asynchronous=asynchronous)
-    hidden = dict(world.blocks)
-    world.blocks.clear()
+    hidden = hide(world)
     decode = Simulation(vllm_config(model, role="kv_consumer"), world, asynchronous=asynchronous)
     decode.add("d", prompt, 8, kv_transfer_params=params)
     decode.add("other", [9] * BLOCK, 8)  # nobody else waits
@@ -321,8 +327,7 @@ def test_abort_while_waiting_for_a_promise(model: str, asynchronous: bool, depth
     asked again with the same promise, waits again."""
     world, prompt = World(), list(range(4 * BLOCK + 3))
     params = prefilled(model, world, prompt)
-    hidden = dict(world.blocks)
-    world.blocks.clear()
+    hidden = hide(world)
     decode = Simulation(vllm_config(model, role="kv_consumer"), world, asynchronous=asynchronous)
     decode.add("d", prompt, 8, kv_transfer_params=params)
     waiting(decode, depth, moment)
@@ -353,8 +358,7 @@ def test_an_old_broken_promise_ended_the_wait_for_a_new_one(
     assert len(world.abandoned) == 4
     world.refuse_saves = False
     kept = prefilled(model, world, prompt, asynchronous=asynchronous)
-    hidden = dict(world.blocks)
-    world.blocks.clear()
+    hidden = hide(world)
     config = vllm_config(model, role="kv_consumer", caching=False, handoff_wait_ms=60_000)
     decode = Simulation(config, world, asynchronous=asynchronous)
     decode.add("d", prompt, 8, kv_transfer_params=kept)
@@ -380,8 +384,7 @@ def test_a_longer_promise_that_was_broken_ended_the_wait_for_a_shorter_one(
     """Of two promises of one prompt the longer is broken: the blocks of the shorter are waited for."""
     world, prompt = World(), list(range(6 * BLOCK + 3))
     kept = prefilled(model, world, prompt[: 4 * BLOCK + 3], asynchronous=asynchronous)
-    hidden = dict(world.blocks)
-    world.blocks.clear()
+    hidden = hide(world)
     world.refuse_saves = True
     broken = prefilled(model, world, prompt, asynchronous=asynchronous)
     world.refuse_saves = False

@@ -204,9 +204,9 @@ class UCMConnector(KVConnectorBase_V1, Groups):  # type: ignore[misc]
         return page_shape(layout, self._namespace.order, shape.block_tokens, shape.page)
 
     def _layerwise(self, layout: Layout) -> bool:
+        """Whether saves go layer by layer: asked for, and possible."""
         from ucm.integration.vllm.groups import ONE_GROUP
 
-        """Whether saves go layer by layer: asked for, and possible."""
         obstacle = layout.layerwise_obstacle()
         if obstacle and self._shape.count > 1:
             raise ValueError(
